@@ -1,0 +1,96 @@
+"""What the machine wants done: each effect is carried out by the runner, which reports the outcome back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from ..events import CloseReason
+    from .machine import Slot, Waiter
+
+
+class Refusal(IntEnum):
+    """Why a waiter gets no connection."""
+
+    TIMEOUT = 0
+    CLOSED = 1
+    TOO_MANY_WAITING = 2
+    CANNOT_CONNECT = 3
+
+
+@dataclass(slots=True)
+class Connect:
+    """Open a connection for this slot. Outcome: `connected` or `connect_failed`."""
+
+    slot: Slot
+
+
+@dataclass(slots=True)
+class Check:
+    """Ask the server whether it still answers on this slot. Outcome: `check_passed` or `check_failed`."""
+
+    slot: Slot
+
+
+@dataclass(slots=True)
+class Recycle:
+    """Roll back and reset. Outcome: `recycled` or `recycle_failed`."""
+
+    slot: Slot
+
+
+@dataclass(slots=True)
+class Close:
+    """Stop whatever runs on this slot, end its session, wait for the server's end of it. Outcome: `closed`."""
+
+    slot: Slot
+    reason: CloseReason
+
+
+@dataclass(slots=True)
+class Grant:
+    """The slot is leased to the waiter already: wake it."""
+
+    waiter: Waiter
+    slot: Slot
+
+
+@dataclass(slots=True)
+class Refuse:
+    """The waiter has left the queue without a connection: wake it with an error."""
+
+    waiter: Waiter
+    refusal: Refusal
+
+
+@dataclass(slots=True)
+class WakeAt:
+    """Call `wake` at this time, in place of the time asked for before; None: not at all."""
+
+    when: float | None
+
+
+@dataclass(slots=True)
+class Opened:
+    """`min_size` connections are there."""
+
+
+@dataclass(slots=True)
+class OpeningFailed:
+    """The server's answer is final, or the single round of `open(timeout=0)` has failed."""
+
+
+@dataclass(slots=True)
+class Closed:
+    """The last slot is gone."""
+
+
+Effect: TypeAlias = (
+    Connect | Check | Recycle | Close | Grant | Refuse | WakeAt | Opened | OpeningFailed | Closed
+)
+Effects: TypeAlias = Sequence[Effect]
+
+NO_EFFECTS: Effects = ()

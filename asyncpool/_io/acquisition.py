@@ -1,0 +1,167 @@
+"""What `pool.acquire()` returns: awaited it is a connection, entered it is a block that commits at its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Generator
+from time import monotonic
+from types import CodeType, TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from psycopg import AsyncConnection, pq
+
+from .._core.machine import Slot
+from .._core.policy import NEVER
+from ..config import check_timeout
+from ..errors import PoolClosed, PoolError, WrongLoop
+from .connection import PooledConnection
+from .runner import WATCH_STALENESS, FutureWaiter, Runner, describe_unfinished
+from .session import BAD, IDLE, Session
+
+C = TypeVar("C", bound=AsyncConnection[Any])
+
+INTRANS = pq.TransactionStatus.INTRANS
+INERROR = pq.TransactionStatus.INERROR
+_IDLE = int(IDLE)
+
+
+class Default:
+    """The type of DEFAULT, which stands for the pool's own setting where None has a meaning."""
+
+    def __repr__(self) -> str:
+        return "acquire_timeout"
+
+
+DEFAULT = Default()
+
+
+class _Finished:
+    """What an operation returns that was done when it was called: awaiting it does not suspend."""
+
+    __slots__ = ()
+    _steps = iter(())
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return cast("Generator[Any, Any, None]", self._steps)
+
+
+FINISHED: Awaitable[None] = _Finished()
+
+if TYPE_CHECKING:
+    _running_loop = asyncio.get_running_loop
+else:
+    _running_loop = asyncio._get_running_loop  # does not raise where none runs
+
+
+class Acquisition(Generic[C]):
+    """A connection to be: `await` it, or enter it with `async with`."""
+
+    __slots__ = ("_code", "_connection", "_lease", "_offset", "_runner", "_timeout")
+
+    def __init__(self, runner: Runner, timeout: float | None | Default, code: CodeType, offset: int) -> None:
+        self._runner = runner
+        self._timeout = timeout
+        self._code = code  # where acquire() was called
+        self._offset = offset
+
+    def __await__(self) -> Generator[Any, Any, C]:
+        runner = self._runner
+        if _running_loop() is not runner.loop:
+            raise _misplaced(runner)
+        now = monotonic()
+        watch = runner.watch
+        if now - watch.polled_at > WATCH_STALENESS:
+            watch.poll()
+        slot = runner.machine.take(now)
+        if slot is None:
+            slot = yield from self._wait(now)
+        session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
+        session.used = session.in_transaction = False
+        session.site_code = self._code
+        session.site_offset = self._offset
+        connection = session.connection
+        if runner.debug:
+            connection = runner.begin_debug(session)
+        session.connection = None
+        connection._lease = self._lease = slot.uses
+        self._connection = connection
+        if runner.config.setup is not None:
+            yield from self._set_up(connection).__await__()
+        return connection  # type: ignore[no-any-return]  # of the class that the pool was given
+
+    def _wait(self, now: float) -> Generator[Any, Any, Slot]:
+        runner = self._runner
+        timeout = self._timeout
+        if timeout is DEFAULT:
+            timeout = runner.config.acquire_timeout
+        else:
+            check_timeout("timeout", timeout)
+        deadline = NEVER if timeout is None else now + cast(float, timeout)
+        waiter = FutureWaiter(deadline, now, runner.loop.create_future())
+        runner.perform(runner.machine.enqueue(waiter, now))
+        try:
+            yield from waiter.future
+        except BaseException:
+            runner.perform(runner.machine.withdraw(waiter, monotonic()))
+            raise
+        assert waiter.slot is not None
+        return waiter.slot
+
+    async def _set_up(self, connection: PooledConnection) -> None:
+        runner = self._runner
+        try:
+            await runner.driver.set_up_lease(connection)
+        except Exception:
+            runner.reject_lease(connection)
+            raise
+        except BaseException:
+            runner.end_lease(connection, connection._session, after_block=True)
+            raise
+
+    def __aenter__(self) -> Awaitable[C]:
+        return self
+
+    def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> Awaitable[None]:
+        connection: PooledConnection = self._connection
+        if connection._lease != self._lease:
+            return FINISHED  # given back inside the block, by close() or release()
+        session = connection._session
+        if (
+            exc_type is not None
+            or session.pgconn.transaction_status == _IDLE
+            and not describe_unfinished(connection)
+        ):
+            self._runner.end_lease(connection, session, after_block=True)
+            return FINISHED
+        return self._finish(connection, session)
+
+    async def _finish(self, connection: PooledConnection, session: Session) -> None:
+        """Commit what the block has done, or say why that is impossible. The lease ends in either case."""
+        name = self._runner.config.name
+        try:
+            status = session.pgconn.transaction_status
+            if session.pgconn.status == BAD:
+                if session.in_transaction:
+                    raise PoolError(f"{name}: the connection was lost inside the block, and what it did is not committed")
+            elif unfinished := describe_unfinished(connection):
+                raise PoolError(
+                    f"{name}: the block ended with its connection {unfinished}; it is closed, and nothing committed"
+                )
+            elif status == INERROR:
+                raise PoolError(
+                    f"{name}: the block ended in a failed transaction, which is rolled back: a COMMIT would only seem"
+                    " to succeed. Let the error pass, or use `async with conn.transaction()` around what may fail"
+                )
+            elif status == INTRANS:
+                await connection.commit()
+        finally:
+            if connection._lease == self._lease:
+                self._runner.end_lease(connection, session, after_block=True)
+
+
+def _misplaced(runner: Runner) -> PoolError:
+    if runner.loop.is_closed():
+        return PoolClosed(f"{runner.config.name}: the event loop it was opened in is closed; open it again")
+    return WrongLoop(f"{runner.config.name} was opened in another event loop than the one that uses it now")

@@ -1,0 +1,114 @@
+"""The connection object of a lease: psycopg's AsyncConnection, with its waits and its close() the pool's."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import weakref
+from functools import lru_cache, partial
+from time import monotonic
+from typing import Any, TypeVar
+
+import anyio
+from psycopg import AsyncConnection, BaseConnection
+from psycopg import errors as e
+from psycopg.abc import PQGen
+
+from ..errors import PoolError, WrongLoop
+from .reader import MAX_BUSY_TIME
+from .session import ACTIVE, BAD, IDLE, Session
+
+RV = TypeVar("RV")
+
+# Values of `_lease` that are no number of a lease.
+NOT_LEASED = 0
+POOLS_OWN = -1
+
+
+class PooledConnection(AsyncConnection[Any]):
+    """Comes before a connection class in the bases of `pooled_class`, to take over its waits and its close()."""
+
+    _session: Session
+    _lease: int = NOT_LEASED
+
+    async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        """Drive a generator of psycopg, which does all I/O of a connection through this method.
+
+        A cancellation ends the statement on the server and keeps the connection, within `cancel_timeout`; it is
+        then re-raised. `interval` is psycopg's and not needed here. Raises PoolError after the release.
+        """
+        if self._lease == NOT_LEASED:
+            raise PoolError("this connection was released to its pool: acquire() one in place of keeping it")
+        session = self._session
+        reader = session.reader
+        if asyncio.get_running_loop() is not reader.loop:
+            raise WrongLoop("this connection belongs to a pool that was opened in another event loop")
+        try:
+            state = next(gen)
+        except StopIteration as done:
+            if monotonic() - reader.yielded_at >= MAX_BUSY_TIME:
+                await asyncio.sleep(0)
+                reader.yielded_at = monotonic()
+            result: RV = done.value
+            return result
+        session.used = True
+        future = reader.drive(gen, state)
+        timer = reader.loop.call_later(timeout, reader.expire) if timeout is not None else None
+        try:
+            result = await future
+        except asyncio.CancelledError:
+            if self.pgconn.transaction_status == ACTIVE:
+                await session.end_statement(gen if future.cancelled() else None)
+            raise
+        except e.Error:
+            if self.pgconn.status != BAD:
+                session.in_transaction = self.pgconn.transaction_status != IDLE
+            elif not self._autocommit:
+                session.in_transaction = True
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        session.in_transaction = self.pgconn.transaction_status != IDLE
+        return result
+
+    async def _try_cancel(self, *, timeout: float = 5.0) -> None:
+        """psycopg's way to end a COPY or a stream half-way; it then reads to the end, which is bounded here."""
+        session = self._session
+        with anyio.CancelScope(shield=True):
+            await session.request_cancel()
+        lease = self._lease
+        ending = session.reader.answered_at
+
+        def give_up() -> None:
+            still = self._lease == lease and self.pgconn.status != BAD and session.reader.answered_at == ending
+            if still and self.pgconn.transaction_status == ACTIVE:
+                session.sever()
+
+        session.reader.loop.call_later(session.cancel_timeout, give_up)
+
+    async def close(self) -> None:
+        """Give the connection back to its pool, which closes it if it cannot be used again.
+
+        Like psycopg's, it may be called any number of times.
+        """
+        if self._lease > NOT_LEASED:
+            await self._pool.putconn(self)  # type: ignore[union-attr]  # set for as long as it is leased
+
+    def _renewed(self) -> PooledConnection:
+        """An object of its own for the next lease of the same session, so that this one is useless for ever."""
+        other = copy.copy(self)
+        pgconn = other.pgconn
+        wself = weakref.ref(other)
+        pgconn.notice_handler = partial(BaseConnection._notice_handler, wself)
+        pgconn.notify_handler = partial(BaseConnection._notify_handler, wself)
+        return other
+
+
+@lru_cache(maxsize=64)
+def pooled_class(connection_class: type[AsyncConnection[Any]]) -> type[PooledConnection]:
+    """`connection_class` with the pool's waits and close(); isinstance() still holds for it."""
+    if connection_class is AsyncConnection:
+        return PooledConnection
+    name = f"Pooled{connection_class.__name__}"
+    return type(name, (PooledConnection, connection_class), {"__module__": connection_class.__module__})

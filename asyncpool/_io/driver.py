@@ -1,0 +1,413 @@
+"""What is done to connections: connect, ping, reset. Each has a deadline and says what its failure means."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio
+from psycopg import AsyncConnection, InterfaceError, OperationalError, ProgrammingError, pq
+from psycopg import errors as e
+from psycopg.abc import ConnDict
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import conninfo_attempts, make_conninfo
+from psycopg.pq.abc import PGconn
+
+from .._core.policy import ConnectFailure
+from ..config import PoolConfig
+from ..conninfo import PSYCOPG_OPTIONS, Redactor, needs_lookup, parse
+from ..events import CloseReason
+from .client_state import Baseline
+from .connection import NOT_LEASED, POOLS_OWN, PooledConnection, pooled_class
+from .libpq import set_verbose_errors, split_sqlstate
+from .reader import duplicate
+from .session import BAD, IDLE, Session, call_user, linger
+from .watch import peer_has_closed
+
+T = TypeVar("T")
+
+Conninfo = str | Callable[[], str | Awaitable[str]]
+
+# Wrong credentials (class 28) and unknown database: the server will say the same again.
+_FINAL_CLASS = "28"
+_FINAL_STATES = frozenset({"3D000"})
+# The server is starting, stopping or recovering.
+_REFUSED_STATES = frozenset({"57P03"})
+# Nobody listens: on TCP, and on a Unix socket.
+_REFUSED_ERRNOS = (errno.ECONNREFUSED, errno.ENOENT)
+
+# `"discard"` is all the server offers; it must travel alone and outside a transaction. `"session"` leaves out
+# what is no user's state, cached plans and sequence values, and travels in one message. Session authorization
+# comes first, because what follows may need its rights.
+_SESSION_RESET = (
+    b"SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; CLOSE ALL; UNLISTEN *; DEALLOCATE ALL;"
+    b" DISCARD TEMP; SELECT pg_catalog.pg_advisory_unlock_all()"
+)
+_DISCARD = b"DISCARD ALL"
+
+
+class ConnectFailed(Exception):
+    """A connect came to nothing: the error to show, free of secrets, and what it says about the next try."""
+
+    def __init__(self, error: Exception, failure: ConnectFailure) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.failure = failure
+
+
+class Unusable(Exception):
+    """A connection did not pass a check or a reset, for this reason."""
+
+    def __init__(self, reason: CloseReason, words: str) -> None:
+        super().__init__(words)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionOptions:
+    """How to make a connection object: psycopg's part of the options, and the class. Its repr has no secrets."""
+
+    connection_class: type[AsyncConnection[Any]]
+    autocommit: bool
+    prepare_threshold: int | None
+    row_factory: Any
+    cursor_factory: Any
+    adapters: AdaptersMap | None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> ConnectionOptions:
+        """From those of psycopg's keywords that were given."""
+        context = options.get("context")
+        return cls(
+            connection_class=options.get("connection_class", AsyncConnection),
+            autocommit=bool(options.get("autocommit", False)),
+            prepare_threshold=options.get("prepare_threshold", 5),
+            row_factory=options.get("row_factory"),
+            cursor_factory=options.get("cursor_factory"),
+            adapters=context.adapters if context is not None else None,
+        )
+
+    def make(self, pgconn: PGconn) -> PooledConnection:
+        """The connection object over an open PGconn, as psycopg's `connect()` would set it up."""
+        connection = pooled_class(self.connection_class)(pgconn)
+        connection._autocommit = self.autocommit
+        connection.prepare_threshold = self.prepare_threshold
+        if self.row_factory is not None:
+            connection.row_factory = self.row_factory
+        if self.cursor_factory is not None:
+            connection.cursor_factory = self.cursor_factory
+        if self.adapters is not None:
+            connection._adapters = AdaptersMap(self.adapters)
+        return connection
+
+
+class Driver:
+    """Makes, checks and resets the connections of one pool. Its repr shows no connection parameters."""
+
+    def __init__(self, config: PoolConfig, conninfo: Conninfo, given: Mapping[str, Any]) -> None:
+        self._config = config
+        self._conninfo = conninfo
+        self._libpq_options = {name: value for name, value in given.items() if name not in _NOT_LIBPQ}
+        self._options = ConnectionOptions.from_options(given)
+        # Given as an option of its own it is a float and holds for each host; libpq's would be whole seconds.
+        self._connect_timeout = config.connect_timeout
+        if isinstance(conninfo, str):
+            parse(conninfo, self._libpq_options)
+        elif not callable(conninfo):
+            raise TypeError(f"conninfo must be a str or a callable that returns one, not {type(conninfo).__name__}")
+        else:
+            parse("", self._libpq_options)
+        self.abandoned = 0
+
+    # --- connect --------------------------------------------------------------------------------------------
+
+    async def connect(self) -> Session:
+        """A session that `configure` has seen. Raises ConnectFailed; a cancellation leaves no session behind."""
+        conninfo, redactor = await self._ask_conninfo()
+        attempts = await self._resolve(conninfo, redactor)
+        failures: list[tuple[ConnDict, ConnectFailed]] = []
+        for attempt in attempts:
+            try:
+                pgconn = await self._connect_to(attempt, redactor)
+                break
+            except ConnectFailed as failed:
+                failures.append((attempt, failed))
+        else:
+            raise _summary(failures)
+        return await self._set_up(pgconn)
+
+    async def _ask_conninfo(self) -> tuple[ConnDict, Redactor]:
+        conninfo = self._conninfo
+        if not isinstance(conninfo, str):
+            try:
+                with anyio.fail_after(self._connect_timeout):
+                    answer = conninfo()
+                    conninfo = answer if isinstance(answer, str) else await answer
+            except Exception as ex:
+                raise ConnectFailed(_named(OperationalError, f"the conninfo callable raised {_brief(ex)}"), _T) from None
+        try:
+            return parse(conninfo, self._libpq_options), Redactor(conninfo, self._libpq_options)
+        except (ProgrammingError, TypeError) as error:
+            raise ConnectFailed(error, ConnectFailure.FINAL) from None
+
+    async def _resolve(self, params: ConnDict, redactor: Redactor) -> list[ConnDict]:
+        """One set of parameters for each address to try, in order."""
+        params = {name: value for name, value in params.items() if name != "connect_timeout"}
+        try:
+            if not needs_lookup(params):
+                return conninfo_attempts(params)
+            with anyio.fail_after(self._connect_timeout):
+                return await in_daemon_thread(lambda: conninfo_attempts(params), "asyncpool: look up a host name")
+        except TimeoutError:
+            words = f"host name not resolved within {self._connect_timeout:g} s"
+            raise ConnectFailed(_named(e.ConnectionTimeout, words), ConnectFailure.TRANSIENT) from None
+        except e.Error as error:
+            raise ConnectFailed(_named(OperationalError, redactor.redact(str(error))), _T) from None
+
+    async def _connect_to(self, attempt: ConnDict, redactor: Redactor) -> PGconn:
+        """One attempt on one address, within `connect_timeout`."""
+        pgconn = pq.PGconn.connect_start(make_conninfo("", **attempt).encode())
+        set_verbose_errors(pgconn, True)
+        try:
+            with anyio.move_on_after(self._connect_timeout):
+                if await _poll_until_connected(pgconn):
+                    pgconn.nonblocking = 1
+                    set_verbose_errors(pgconn, False)
+                    return pgconn
+                raise _failure(pgconn, redactor)
+            words = f"connection timeout expired after {self._connect_timeout:g} s"
+            raise ConnectFailed(_named(e.ConnectionTimeout, _at(attempt, redactor) + words), _T)
+        except BaseException:
+            await self._give_up(pgconn)
+            raise
+
+    async def _give_up(self, pgconn: PGconn) -> None:
+        """Close a half-open connection, and wait until the server counts no session for it."""
+        sock = duplicate(pgconn.socket) if pgconn.socket >= 0 else None
+        pgconn.finish()
+        if sock is not None:
+            with anyio.CancelScope(shield=True):
+                self.abandoned += not await linger(sock, self._config.check_timeout)
+
+    async def _set_up(self, pgconn: PGconn) -> Session:
+        session = Session(pgconn, asyncio.get_running_loop(), self._config.cancel_timeout)
+        try:
+            connection = self._options.make(pgconn)
+            connection._session = session
+            connection._pool = None
+            session.connection = connection
+            await self._configure(session)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                self.abandoned += not await session.close(self._config.check_timeout)
+            raise
+        return session
+
+    async def _configure(self, session: Session) -> None:
+        if self._config.configure is not None:
+            try:
+                await self._call(self._config.configure, session)
+            except Exception as ex:
+                lost = session.pgconn.status == BAD
+                failure = ConnectFailure.TRANSIENT if lost else ConnectFailure.FINAL
+                raise ConnectFailed(_as_error("configure", ex), failure) from None
+        session.baseline = Baseline(session.connection)
+
+    # --- check and reset ------------------------------------------------------------------------------------
+
+    async def check(self, session: Session) -> None:
+        """Ask whether the connection works. Raises Unusable."""
+        if session.pgconn.status == BAD or peer_has_closed(session.pgconn.socket):
+            raise Unusable(CloseReason.DISCONNECTED, "the server has closed the connection")
+        try:
+            if self._config.check is None:
+                with anyio.fail_after(self._config.check_timeout):
+                    await session.command(b"")
+            else:
+                await self._call(self._config.check, session)
+                self._restore_client_state(session)
+        except Exception as ex:
+            reason = CloseReason.DISCONNECTED if session.pgconn.status == BAD else CloseReason.CHECK_FAILED
+            raise Unusable(reason, f"check: {_brief(ex)}") from ex
+
+    async def recycle(self, session: Session) -> None:
+        """Roll back, and reset as the `reset` option says. Raises Unusable."""
+        try:
+            with anyio.fail_after(self._config.check_timeout):
+                if session.pgconn.transaction_status != IDLE:
+                    await session.command(b"ROLLBACK")
+                if session.pgconn.transaction_status != IDLE:
+                    raise ProgrammingError("ROLLBACK did not end the transaction")
+                if self._config.reset == "session":
+                    await session.command(_SESSION_RESET)
+                elif self._config.reset == "discard":
+                    await session.command(_DISCARD)
+            self._restore_client_state(session)
+            if callable(self._config.reset):
+                await self._call(self._config.reset, session)
+                self._restore_client_state(session)
+            elif self._config.reset != "rollback":
+                session.connection._prepared = type(session.connection._prepared)()
+                self._restore_client_state(session)
+                if self._config.configure is not None:
+                    await self._call(self._config.configure, session)
+                    session.baseline = Baseline(session.connection)
+        except Exception as ex:
+            reason = CloseReason.DISCONNECTED if session.pgconn.status == BAD else CloseReason.RESET_FAILED
+            raise Unusable(reason, f"reset: {_brief(ex)}") from ex
+
+    async def set_up_lease(self, connection: PooledConnection) -> None:
+        """Run `setup`, which the caller waits for. Raises what it raises."""
+        assert self._config.setup is not None
+        try:
+            await call_user(self._config.setup, connection, self._config.check_timeout)
+        except TimeoutError as ex:
+            raise _as_error("setup", ex) from None
+
+    def _restore_client_state(self, session: Session) -> None:
+        assert session.baseline is not None
+        session.baseline.restore(session.connection)
+
+    async def _call(self, callback: Callable[[Any], Awaitable[object]], session: Session) -> None:
+        """Lend an unleased connection to a callable of the user."""
+        session.connection._lease = POOLS_OWN
+        try:
+            await call_user(callback, session.connection, self._config.check_timeout)
+        finally:
+            session.connection._lease = NOT_LEASED
+
+
+_NOT_LIBPQ = PSYCOPG_OPTIONS | {"connection_class"}
+_T = ConnectFailure.TRANSIENT
+
+
+async def _poll_until_connected(pgconn: PGconn) -> bool:
+    """Drive libpq's connect without blocking. False when it failed; the PGconn has the words."""
+    while pgconn.status != BAD:
+        status = pgconn.connect_poll()
+        if status == pq.PollingStatus.OK:
+            return True
+        if status == pq.PollingStatus.FAILED:
+            return False
+        await _wait_ready(pgconn.socket, reading=status == pq.PollingStatus.READING)
+    return False
+
+
+async def _wait_ready(fd: int, *, reading: bool) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    add, remove = (loop.add_reader, loop.remove_reader) if reading else (loop.add_writer, loop.remove_writer)
+    add(fd, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        remove(fd)
+
+
+def _failure(pgconn: PGconn, redactor: Redactor) -> ConnectFailed:
+    sqlstate, words = split_sqlstate(pgconn.get_error_message())
+    error_class: type[Exception] = OperationalError
+    if sqlstate is not None:
+        try:
+            error_class = e.lookup(sqlstate)
+        except KeyError:
+            pass
+        if not issubclass(error_class, OperationalError):
+            error_class = OperationalError
+    return ConnectFailed(_named(error_class, f"connection failed: {redactor.redact(words)}"), _classify(sqlstate, words))
+
+
+def _classify(sqlstate: str | None, words: str) -> ConnectFailure:
+    if sqlstate is not None:
+        if sqlstate.startswith(_FINAL_CLASS) or sqlstate in _FINAL_STATES:
+            return ConnectFailure.FINAL
+        return ConnectFailure.REFUSED if sqlstate in _REFUSED_STATES else ConnectFailure.TRANSIENT
+    # libpq gives the cause in the words of strerror() only.
+    if any(os.strerror(number) in words for number in _REFUSED_ERRNOS):
+        return ConnectFailure.REFUSED
+    return ConnectFailure.TRANSIENT
+
+
+def _summary(failures: list[tuple[ConnDict, ConnectFailed]]) -> ConnectFailed:
+    """One failure out of those of all addresses. Final only if no host can change its mind."""
+    last = failures[-1][1]
+    if len(failures) == 1:
+        return last
+    kinds = [failed.failure for _, failed in failures]
+    hosts = {attempt.get("host") for attempt, _ in failures}
+    final_hosts = {attempt.get("host") for attempt, failed in failures if failed.failure is ConnectFailure.FINAL}
+    if hosts == final_hosts:
+        kind = ConnectFailure.FINAL
+        shown = next(failed for _, failed in reversed(failures) if failed.failure is ConnectFailure.FINAL)
+    else:
+        kind = ConnectFailure.REFUSED if set(kinds) == {ConnectFailure.REFUSED} else ConnectFailure.TRANSIENT
+        shown = last
+    lines = [str(shown.error), "All attempts failed:", *(f"- {failed.error}" for _, failed in failures)]
+    return ConnectFailed(type(shown.error)("\n".join(lines)), kind)
+
+
+def _at(attempt: ConnDict, redactor: Redactor) -> str:
+    host = attempt.get("hostaddr") or attempt.get("host")
+    return f'connection to "{redactor.redact(str(host))}" failed: ' if host else "connection failed: "
+
+
+def _as_error(what: str, ex: Exception) -> Exception:
+    """The user's own error, or one that says what took too long."""
+    if isinstance(ex, TimeoutError):
+        return OperationalError(f"{what} did not end in time")
+    return ex
+
+
+def _brief(ex: BaseException) -> str:
+    return f"{type(ex).__name__}: {ex}".strip().rstrip(":")
+
+
+def _named(error_class: type[Exception], words: str) -> Exception:
+    return error_class(words.strip())
+
+
+async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
+    """Run a blocking function where it cannot hold up the interpreter's exit, as an executor's thread would.
+
+    A cancellation leaves the thread behind; it ends when the function does.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def deliver(result: T | None, error: BaseException | None) -> None:
+        if answer.done():
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(result)  # type: ignore[arg-type]  # a T where there is no error
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as ex:
+            error = ex
+        try:
+            loop.call_soon_threadsafe(deliver, result, error)
+        except RuntimeError:
+            pass  # the loop has been closed: nobody waits any more
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await answer
+
+
+def check_event_loop() -> None:
+    """Raise InterfaceError on the one event loop that psycopg cannot use."""
+    loop = asyncio.get_running_loop()
+    proactor = getattr(asyncio, "ProactorEventLoop", None)
+    if proactor is not None and isinstance(loop, proactor):
+        raise InterfaceError(
+            "asyncpool cannot use the ProactorEventLoop, which cannot wait for psycopg's sockets: run"
+            " asyncio.run(main(), loop_factory=asyncio.SelectorEventLoop)"
+        )

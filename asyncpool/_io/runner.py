@@ -1,0 +1,503 @@
+"""Carries out the machine's effects in one event loop, and reports their outcomes back.
+
+Every task is short, named and owned here, one at a time for each slot. There is no long-lived task: a stray
+cancellation of all tasks hits what is in flight, and is reported as the outcome that it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Coroutine
+from functools import partial
+from time import monotonic
+from typing import Any
+
+import anyio
+from psycopg import pq
+
+from .._core.effects import (
+    Check,
+    Close,
+    Closed,
+    Connect,
+    Effects,
+    Grant,
+    Opened,
+    OpeningFailed,
+    Recycle,
+    Refusal,
+    Refuse,
+    WakeAt,
+)
+from .._core.machine import PoolMachine, Slot, Waiter
+from .._core.policy import ConnectFailure
+from .._core.states import PoolPhase, SlotState
+from ..config import PoolConfig
+from ..errors import PoolClosed, PoolError, PoolTimeout, TooManyWaiting
+from ..events import CloseReason
+from .client_state import read_client_state
+from .connection import NOT_LEASED, PooledConnection
+from .driver import ConnectFailed, Driver, Unusable
+from .session import ACTIVE, BAD, IDLE, Session
+from .watch import DisconnectWatch
+
+logger = logging.getLogger("asyncpool")
+
+# How old the last look at the disconnect watch may be when a connection is handed out, in seconds: for a loop
+# that was too busy to look by itself. The look takes about 0.5 µs.
+WATCH_STALENESS = 0.001
+
+LEASED = SlotState.LEASED
+_IDLE = int(IDLE)
+_TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
+
+
+class FutureWaiter(Waiter):
+    """A task in the queue, woken through its future."""
+
+    __slots__ = ("began", "future")
+
+    def __init__(self, deadline: float, began: float, future: asyncio.Future[None]) -> None:
+        self.deadline = deadline
+        self.slot = None
+        self.began = began
+        self.future = future
+
+
+class Runner:
+    """One opening of a pool, from `open` to `closed`, bound to the event loop it is made in."""
+
+    close_returns = True  # psycopg's hook: `conn.close()` calls `putconn` in place of closing
+
+    def __init__(self, config: PoolConfig, driver: Driver, *, debug: bool) -> None:
+        self.config = config
+        self.driver = driver
+        self.debug = debug
+        self.loop = asyncio.get_running_loop()
+        self.machine = PoolMachine(config, random.random)
+        self.watch: DisconnectWatch[Session] = DisconnectWatch(self.loop, self._on_disconnect)
+        self.opening: asyncio.Future[None] = self.loop.create_future()
+        self.closing: asyncio.Future[None] = self.loop.create_future()
+        self.last_connect_error: Exception | None = None
+        self.last_connect_error_at = 0.0
+        self._tasks: dict[Slot, asyncio.Task[None]] = {}
+        self._scopes: dict[Slot, anyio.CancelScope] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._held_timer: asyncio.TimerHandle | None = None
+        self._warned_in_transaction = False
+        self._perform: dict[type, Callable[[Any], None]] = {
+            Connect: lambda effect: self._start(effect.slot, "connect", self._connect(effect.slot)),
+            Check: lambda effect: self._start(effect.slot, "check", self._check(effect.slot)),
+            Recycle: lambda effect: self._start(effect.slot, "recycle", self._recycle(effect.slot)),
+            Close: self._on_close,
+            Grant: self._on_grant,
+            Refuse: self._on_refuse,
+            WakeAt: self._on_wake_at,
+            Opened: lambda effect: _resolve(self.opening),
+            OpeningFailed: self._on_opening_failed,
+            Closed: self._on_closed,
+        }
+
+    def perform(self, effects: Effects) -> None:
+        """Carry out what the machine wants."""
+        for effect in effects:
+            self._perform[type(effect)](effect)
+
+    # --- leases ---------------------------------------------------------------------------------------------
+
+    def end_lease(self, connection: PooledConnection, session: Session, *, after_block: bool = False) -> None:
+        """Take a connection back, in whatever condition it is. Acts at once; what takes time follows behind.
+
+        `after_block`: at the end of an `async with`, where a transaction left open needs no warning.
+        """
+        connection._lease = NOT_LEASED
+        session.connection = connection
+        slot = session.slot
+        assert slot is not None
+        if slot.state is not LEASED:
+            return  # severed by close() meanwhile
+        assert session.baseline is not None
+        now = monotonic()
+        machine = self.machine
+        if session.held_warned:
+            self._note_returned(session, now)
+        if (
+            session.pgconn.transaction_status == _IDLE
+            and read_client_state(connection) == session.baseline.state
+            and not connection.lock.locked()
+            and not (session.used and self.config.reset != "rollback")
+        ):
+            effects = machine.give_back(slot, session.reader.answered_at, now)
+        else:
+            if session.pgconn.transaction_status in _TRANSACTION and not after_block:
+                self._warn_in_transaction(session)
+            effects = self._take_back_changed(connection, session, slot, now)
+        if effects:
+            self.perform(effects)
+
+    def _take_back_changed(
+        self, connection: PooledConnection, session: Session, slot: Slot, now: float
+    ) -> Effects:
+        assert session.baseline is not None
+        if session.pgconn.status == BAD:
+            return self.machine.discard(slot, CloseReason.DISCONNECTED, now)
+        if busy := describe_unfinished(connection):
+            logger.warning("%s: closing a connection that was returned %s (acquired at %s)", self.config.name, busy, session.site)
+            return self.machine.discard(slot, CloseReason.RETURNED_BUSY, now)
+        session.baseline.restore(connection)
+        if session.pgconn.transaction_status == IDLE and not (session.used and self.config.reset != "rollback"):
+            return self.machine.give_back(slot, session.reader.answered_at, now)
+        return self.machine.recycle(slot, now)
+
+    def _warn_in_transaction(self, session: Session) -> None:
+        """Once for each pool: a connection was released in a transaction, which is rolled back."""
+        if not self._warned_in_transaction:
+            self._warned_in_transaction = True
+            logger.warning(
+                "%s: a connection was released in a transaction, which is rolled back (acquired at %s); this is"
+                " said once: commit, or use `async with pool.acquire() as conn`",
+                self.config.name,
+                session.site,
+            )
+
+    async def putconn(self, connection: PooledConnection) -> None:
+        """What psycopg calls when the user closes a leased connection."""
+        self.end_lease(connection, connection._session)
+
+    def reject_lease(self, connection: PooledConnection) -> None:
+        """`setup` has raised: close the connection."""
+        session = connection._session
+        connection._lease = NOT_LEASED
+        session.connection = connection
+        assert session.slot is not None
+        if session.slot.state is LEASED:
+            self.perform(self.machine.discard(session.slot, CloseReason.SETUP_FAILED, monotonic()))
+
+    def adopt(self, session: Session) -> None:
+        """Notice when the session's connection object is collected while it is leased."""
+        session.reference = weakref.ref(session.connection, partial(self._on_collected, session))
+
+    def _on_collected(self, session: Session, _: object) -> None:
+        # Called by the garbage collector, in any thread and at any moment: it may take no lock.
+        slot = session.slot
+        if slot is None or slot.state is not LEASED:
+            return
+        try:
+            self.loop.call_soon_threadsafe(self._take_back_lost, session, slot.uses)
+        except RuntimeError:
+            session.abandon()  # the loop is closed
+
+    def _take_back_lost(self, session: Session, lease: int) -> None:
+        slot = session.slot
+        if slot is None or slot.state is not LEASED or slot.uses != lease:
+            return
+        site = session.stack or session.site
+        self.perform(self.machine.discard(slot, CloseReason.LEASE_LOST, monotonic()))
+        warnings.warn(
+            f"{self.config.name}: a connection was dropped without release; its place is free again (acquired at {site})",
+            ResourceWarning,
+            stacklevel=1,
+        )
+
+    def begin_debug(self, session: Session) -> PooledConnection:
+        """With `debug`: the acquire's full stack, and a connection object that no later lease will share."""
+        session.stack = "".join(traceback.format_stack()[:-2])
+        session.connection = session.connection._renewed()
+        self.adopt(session)
+        connection: PooledConnection = session.connection
+        return connection
+
+    # --- long-held leases -----------------------------------------------------------------------------------
+
+    def _watch_long_held(self) -> None:
+        """Warn of leases that last longer than `long_held_after`, once each; look again when the next could."""
+        limit = self.config.long_held_after
+        assert limit is not None
+        now = monotonic()
+        due = now + limit
+        for slot in self.machine.leases():
+            session = slot.resource
+            assert isinstance(session, Session)
+            if session.held_warned:
+                continue
+            if now < slot.leased_at + limit:
+                due = min(due, slot.leased_at + limit)
+                continue
+            session.held_warned = True
+            logger.warning(
+                "%s: a connection is held for %.3g s, longer than long_held_after=%.3g s (acquired at %s)",
+                self.config.name,
+                now - slot.leased_at,
+                limit,
+                session.stack or session.site,
+            )
+        self._held_timer = self.loop.call_later(due - now, self._watch_long_held)
+
+    def _note_returned(self, session: Session, now: float) -> None:
+        session.held_warned = False
+        assert session.slot is not None
+        logger.warning(
+            "%s: the long-held connection came back after %.3g s (acquired at %s)",
+            self.config.name,
+            now - session.slot.leased_at,
+            session.site,
+        )
+
+    # --- opening and closing --------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> PoolPhase:
+        """The pool's phase; CLOSED when the loop is gone, whatever was left in it."""
+        return PoolPhase.CLOSED if self.loop.is_closed() else self.machine.phase
+
+    def open(self, *, single_round: bool) -> None:
+        """Start connecting."""
+        self.perform(self.machine.open(monotonic(), single_round=single_round))
+        if self.config.long_held_after is not None:
+            self._watch_long_held()
+
+    def close(self) -> None:
+        """Start closing; `closing` is done when the last session is gone."""
+        self.perform(self.machine.close(monotonic()))
+
+    def sever(self) -> None:
+        """End the leases that keep the pool from closing."""
+        for slot in self.machine.leases():
+            assert isinstance(slot.resource, Session)
+            slot.resource.sever()
+        self.perform(self.machine.sever(monotonic()))
+
+    def let_go(self) -> None:
+        """The pool was dropped unclosed; this may be called by the garbage collector, in any thread."""
+        if self.loop.is_closed():
+            self.abandon()
+        elif asyncio._get_running_loop() is self.loop:
+            self.close()
+        elif self.loop.is_running():
+            self.loop.call_soon_threadsafe(self.close)
+        else:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of everything without waiting, when there is no loop to wait in."""
+        self._stop_timers()
+        for slot in self.machine.slots():
+            if scope := self._scopes.get(slot):
+                if not self.loop.is_closed():
+                    scope.cancel()
+            if isinstance(slot.resource, Session):
+                slot.resource.abandon()
+        self.watch.close()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._timer, self._held_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._held_timer = None
+
+    def _on_closed(self, _: Closed) -> None:
+        self._stop_timers()
+        self.watch.close()
+        _resolve(self.closing)
+
+    def _on_opening_failed(self, _: OpeningFailed) -> None:
+        if not self.opening.done():
+            assert self.last_connect_error is not None
+            self.opening.set_exception(self.last_connect_error)
+            self.opening.exception()  # it is told to whoever waits; with open(wait=False) nobody does
+
+    async def wait_for_checks(self) -> None:
+        """Wait until no slot is being checked that is now."""
+        tasks = [task for slot, task in self._tasks.items() if slot.state is SlotState.CHECKING]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # --- effects --------------------------------------------------------------------------------------------
+
+    def _on_grant(self, grant: Grant) -> None:
+        waiter = grant.waiter
+        assert isinstance(waiter, FutureWaiter)
+        if not waiter.future.done():  # else it was cancelled, and will withdraw when it runs
+            waiter.future.set_result(None)
+
+    def _on_refuse(self, refuse: Refuse) -> None:
+        waiter = refuse.waiter
+        assert isinstance(waiter, FutureWaiter)
+        if not waiter.future.done():
+            waiter.future.set_exception(self._refusal(refuse.refusal, waiter.began))
+
+    def _refusal(self, refusal: Refusal, began: float) -> PoolError:
+        name = self.config.name
+        if refusal is Refusal.CLOSED:
+            return PoolClosed(f"{name} is closed")
+        if refusal is Refusal.TOO_MANY_WAITING:
+            return TooManyWaiting(f"{name}: {self.machine.waiting} callers are waiting, as max_waiting allows")
+        error: PoolError
+        if refusal is Refusal.TIMEOUT:
+            error = PoolTimeout(f"{name}: no connection within {monotonic() - began:.3g} s; {self.describe()}")
+        else:
+            error = PoolError(f"{name}: cannot connect: {self.last_connect_error}")
+        error.__cause__ = self.last_connect_error
+        return error
+
+    def describe(self) -> str:
+        """The sizes, and the last connect error if the pool has not connected since, in words."""
+        count = self.machine.count
+        text = (
+            f"{count(LEASED)} in use, {count(SlotState.IDLE)} idle, {count(SlotState.CONNECTING)} connecting,"
+            f" {self.machine.waiting} waiting, max_size {self.machine.max_size}"
+        )
+        if self.last_connect_error is not None:
+            age = monotonic() - self.last_connect_error_at
+            text += f"; last connect error, {age:.1f} s ago: {self.last_connect_error}"
+        return text
+
+    def _on_wake_at(self, wake: WakeAt) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if wake.when is not None:
+            self._timer = self.loop.call_later(max(0.0, wake.when - monotonic()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.perform(self.machine.wake(monotonic()))
+
+    def _on_disconnect(self, session: Session) -> None:
+        if session.slot is not None:
+            self.perform(self.machine.disconnected(session.slot, monotonic()))
+
+    def _on_close(self, close: Close) -> None:
+        slot = close.slot
+        logger.debug("%s: closing connection %d: %s", self.config.name, slot.number, close.reason.value)
+        running = self._tasks.get(slot)
+        if scope := self._scopes.get(slot):
+            scope.cancel()
+        elif running is not None:
+            running.cancel()  # it has not begun
+        self._start(slot, "close", self._close(slot, running))
+
+    # --- tasks, one for each slot at a time -----------------------------------------------------------------
+
+    def _start(self, slot: Slot, what: str, work: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(work, name=f"asyncpool {self.config.name}: {what} {slot.number}")
+        self._tasks[slot] = task
+        task.add_done_callback(partial(self._on_task_done, slot))
+
+    def _on_task_done(self, slot: Slot, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(slot) is task:
+            del self._tasks[slot]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s: a bug in asyncpool: %s failed", self.config.name, task.get_name(), exc_info=error)
+
+    async def _connect(self, slot: Slot) -> None:
+        with anyio.CancelScope() as scope:
+            self._scopes[slot] = scope
+            try:
+                session = await self.driver.connect()
+            except ConnectFailed as failed:
+                self._note_connect_error(failed.error)
+                self.perform(self.machine.connect_failed(slot, failed.failure, monotonic()))
+            except asyncio.CancelledError:
+                if not scope.cancel_called:
+                    self.perform(self.machine.connect_failed(slot, ConnectFailure.TRANSIENT, monotonic()))
+                raise
+            else:
+                self._admit(slot, session)
+            finally:
+                self._scopes.pop(slot, None)
+
+    def _admit(self, slot: Slot, session: Session) -> None:
+        slot.resource = session
+        session.slot = slot
+        session.connection._pool = self
+        self.adopt(session)
+        self.watch.register(session.reader.fd, session)
+        self.perform(self.machine.connected(slot, monotonic()))
+        if self.last_connect_error is not None:
+            logger.info("%s: connected again", self.config.name)
+            self.last_connect_error = None
+
+    def _note_connect_error(self, error: Exception) -> None:
+        # The first of an outage is news.
+        level = logging.WARNING if self.last_connect_error is None else logging.DEBUG
+        logger.log(level, "%s: connecting failed: %s", self.config.name, error)
+        error.__traceback__ = None
+        self.last_connect_error = error
+        self.last_connect_error_at = monotonic()
+
+    async def _check(self, slot: Slot) -> None:
+        await self._supervise(slot, self.driver.check, self.machine.check_passed, self.machine.check_failed)
+
+    async def _recycle(self, slot: Slot) -> None:
+        await self._supervise(slot, self.driver.recycle, self.machine.recycled, self.machine.recycle_failed)
+
+    async def _supervise(
+        self,
+        slot: Slot,
+        work: Callable[[Session], Coroutine[Any, Any, None]],
+        passed: Callable[[Slot, float], Effects],
+        failed: Callable[[Slot, CloseReason, float], Effects],
+    ) -> None:
+        """Do something with an unleased session, and tell the machine how it went."""
+        session = slot.resource
+        assert isinstance(session, Session)
+        with anyio.CancelScope() as scope:
+            self._scopes[slot] = scope
+            try:
+                await work(session)
+            except Unusable as unusable:
+                logger.info("%s: a connection is unusable: %s", self.config.name, unusable)
+                self.perform(failed(slot, unusable.reason, monotonic()))
+            except asyncio.CancelledError:
+                if not scope.cancel_called:
+                    self.perform(failed(slot, CloseReason.CHECK_FAILED, monotonic()))
+                raise
+            else:
+                self.perform(passed(slot, monotonic()))
+            finally:
+                self._scopes.pop(slot, None)
+
+    async def _close(self, slot: Slot, running: asyncio.Task[None] | None) -> None:
+        """End a session; its place is free when the server has confirmed the end, or `check_timeout` is over."""
+        try:
+            if running is not None:
+                await asyncio.wait((running,))  # it was told to stop, and its own deadlines bound it
+            session = slot.resource
+            if isinstance(session, Session):
+                self.watch.unregister(session.reader.fd)
+                self.driver.abandoned += not await session.close(self.config.check_timeout)
+        except asyncio.CancelledError:
+            if isinstance(slot.resource, Session):
+                self.watch.unregister(slot.resource.reader.fd)
+                slot.resource.abandon()
+            self.driver.abandoned += 1
+            raise
+        finally:
+            slot.resource = None
+            self.perform(self.machine.closed(slot, monotonic()))
+
+
+def describe_unfinished(connection: PooledConnection) -> str:
+    """What a connection is in the middle of, so that it cannot be used by anyone else; empty: nothing."""
+    if connection._pipeline is not None or connection.pgconn.pipeline_status:
+        return "in pipeline mode"
+    if connection._num_transactions:
+        return "inside conn.transaction()"
+    if connection._tpc is not None:
+        return "in a two-phase transaction"
+    if connection.lock.locked():
+        return "in the middle of a statement, COPY or stream()"
+    if connection.pgconn.transaction_status == ACTIVE:
+        return "with results half-read"
+    return ""
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,226 @@
+"""One server session as the pool holds it: raw commands, cancelling a statement, and an end that is certain."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import weakref
+from collections.abc import Awaitable, Callable
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from psycopg import AsyncConnection, pq, waiting
+from psycopg import errors as e
+from psycopg.abc import PQGenConn
+from psycopg.generators import cancel, execute, fetch
+from psycopg.pq.abc import PGconn, PGresult
+
+from .client_state import Baseline
+from .reader import Reader, duplicate, shut_down
+from .site import describe_site
+
+if TYPE_CHECKING:
+    from .._core.machine import Slot
+
+ACTIVE = pq.TransactionStatus.ACTIVE
+IDLE = pq.TransactionStatus.IDLE
+BAD = pq.ConnStatus.BAD
+
+_COPY = frozenset({pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH})
+_FINE = frozenset({pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY})
+
+
+class Session:
+    """A PGconn, the reader of its socket, and the connection object that its user sees.
+
+    The connection object is held here while nobody else has it. While it is leased only a weak reference is kept,
+    so that a lease that is dropped without release is noticed when it is collected.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "baseline",
+        "cancel_timeout",
+        "connection",
+        "held_warned",
+        "in_transaction",
+        "pgconn",
+        "reader",
+        "reference",
+        "site_code",
+        "site_offset",
+        "slot",
+        "stack",
+        "used",
+    )
+
+    def __init__(self, pgconn: PGconn, loop: asyncio.AbstractEventLoop, cancel_timeout: float) -> None:
+        self.pgconn = pgconn
+        self.reader = Reader(loop, pgconn.socket)
+        self.cancel_timeout = cancel_timeout
+        self.connection: Any = None
+        self.reference: weakref.ref[Any] | None = None
+        self.baseline: Baseline | None = None
+        self.slot: Slot | None = None
+        self.used = False  # whether the server was asked for anything in the current lease
+        self.in_transaction = False  # whether losing the connection now would lose work
+        self.site_code: CodeType | None = None
+        self.site_offset = 0
+        self.stack: str | None = None
+        self.held_warned = False
+
+    @property
+    def site(self) -> str:
+        """Where the current lease was acquired."""
+        return describe_site(self.site_code, self.site_offset)
+
+    async def command(self, sql: bytes) -> list[PGresult]:
+        """Run SQL by the simple protocol, below psycopg's transactions and caches. Raises the server's error."""
+        self.pgconn.send_query(sql)
+        results = await self.reader.run(execute(self.pgconn))
+        for result in results:
+            if result.status not in _FINE:
+                raise e.error_from_result(result)
+        return results
+
+    # --- ending a statement that nobody waits for any more --------------------------------------------------
+
+    async def end_statement(self, generator: Any) -> None:
+        """Have the server cancel the running statement and read to its end, for at most `cancel_timeout`.
+
+        `generator` is the one that is half-way, None if it has ended and only its stream goes on. Past that the socket is shut down, and the connection is lost. Whoever calls this re-raises the
+        cancellation that he caught; further ones that arrive meanwhile change nothing, as the time is bounded.
+        """
+        with anyio.CancelScope(shield=True):
+            deadline = self.reader.loop.time() + self.cancel_timeout
+            request = self.reader.loop.create_task(self.request_cancel(), name="asyncpool: cancel a statement")
+            ended = self.reader.resume(generator) if generator is not None else None
+            if ended is None or await self._await_until(ended, deadline):
+                await self._drop_results(deadline)
+            if self.pgconn.status != BAD and self.pgconn.transaction_status == ACTIVE:
+                self.sever()
+                if ended is not None:
+                    await self._await_until(ended, deadline + self.cancel_timeout)
+            request.cancel()
+            await self._await_until(request, deadline + self.cancel_timeout)
+
+    async def request_cancel(self) -> None:
+        """Ask the server to cancel what it does for this session. An unreachable server is no error."""
+        try:
+            await waiting.wait_conn_async(_cancel(self.pgconn), interval=1.0, timeout=self.cancel_timeout)
+        except e.Error:
+            pass  # the deadline of the statement decides
+
+    async def _drop_results(self, deadline: float) -> None:
+        """Read what a stream has left: psycopg fetches it result by result, and a cancellation stops that."""
+        while (
+            self.pgconn.status != BAD
+            and self.pgconn.transaction_status == ACTIVE
+            and not self.pgconn.pipeline_status
+        ):
+            future = asyncio.ensure_future(self.reader.run(fetch(self.pgconn)))
+            if not await self._await_until(future, deadline):
+                future.cancel()
+                return
+            if future.exception() or (result := future.result()) is None or result.status in _COPY:
+                return
+
+    async def _await_until(self, future: asyncio.Future[Any], deadline: float) -> bool:
+        """Wait for a future until the loop's time `deadline`, cancelled or not. Its result is not looked at."""
+        while not future.done():
+            remaining = deadline - self.reader.loop.time()
+            if remaining <= 0:
+                return False
+            try:
+                await asyncio.wait((future,), timeout=remaining)
+            except asyncio.CancelledError:
+                continue  # re-raised by the caller, which is in the middle of handling the first one
+        if not future.cancelled():
+            future.exception()  # retrieved: an error of a statement that nobody waits for is nobody's
+        return True
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def sever(self) -> None:
+        """Shut the socket down: whoever waits on this session gets an error at once."""
+        if self.pgconn.status != BAD:
+            shut_down(self.pgconn.socket)
+
+    async def close(self, timeout: float) -> bool:
+        """End the session and wait until the server has. False if it has not within `timeout` seconds."""
+        self.reader.stop()
+        self.reference = None
+        if self.pgconn.status == BAD or self.pgconn.socket < 0:
+            self.pgconn.finish()
+            return True
+        loop = self.reader.loop
+        deadline = loop.time() + timeout
+        if self.pgconn.transaction_status == ACTIVE:
+            with anyio.move_on_after(timeout):
+                await self.request_cancel()
+        sock = duplicate(self.pgconn.socket)
+        self.pgconn.finish()
+        return await linger(sock, max(0.0, deadline - loop.time()))
+
+    def abandon(self) -> None:
+        """End the session without waiting; for when there is no event loop to wait in."""
+        self.reference = None
+        if not self.reader.loop.is_closed():
+            self.reader.stop()
+        self.pgconn.finish()
+
+
+def _cancel(pgconn: PGconn) -> PQGenConn[None]:
+    request = pgconn.cancel_conn()
+    request.start()
+    yield from cancel(request)
+
+
+async def linger(sock: socket.socket, timeout: float) -> bool:
+    """Wait until the peer closes a socket whose other descriptor is closed already: the server counts a session
+    until then. False if that takes longer than `timeout` seconds. Closes the socket.
+    """
+    loop = asyncio.get_running_loop()
+    sock.setblocking(False)
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        sock.close()  # never connected, or gone already
+        return True
+    ended = loop.create_future()
+
+    def read() -> None:
+        try:
+            while sock.recv(65536):
+                pass
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            pass
+        if not ended.done():
+            ended.set_result(None)
+
+    loop.add_reader(sock.fileno(), read)
+    try:
+        with anyio.move_on_after(timeout):
+            await ended
+    finally:
+        loop.remove_reader(sock.fileno())
+        sock.close()
+    return ended.done() and not ended.cancelled()
+
+
+async def call_user(callback: Callable[[Any], Awaitable[object]], connection: AsyncConnection[Any], timeout: float) -> None:
+    """Run `configure`, `check`, `setup` or `reset` on a connection. Raises what it raises, or TimeoutError.
+
+    A transaction that it leaves open is an error as well: the next user would inherit it.
+    """
+    with anyio.fail_after(timeout):
+        await callback(connection)
+    if connection.pgconn.transaction_status != IDLE:
+        name = getattr(callback, "__qualname__", repr(callback))
+        status = pq.TransactionStatus(connection.pgconn.transaction_status).name
+        raise e.ProgrammingError(
+            f"{name} left the connection in status {status}: commit in it, or use `await conn.set_autocommit(True)`"
+        )

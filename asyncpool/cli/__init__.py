@@ -1,0 +1,25 @@
+"""The command line: `python -m asyncpool`, or `asyncpool`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from asyncpool.cli import demo
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments`, by default the process's, name. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="asyncpool", description="A PostgreSQL connection pool for asyncio."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    demo.add_command(commands)
+    parsed = parser.parse_args(arguments)
+    status: int = parsed.run(parsed, parser)
+    return status

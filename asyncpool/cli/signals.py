@@ -1,0 +1,56 @@
+"""How a command ends when it is told to: SIGTERM unwinds it as Ctrl-C does, in an event loop and outside."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass
+class Interruption:
+    """What ended a command, if anything did."""
+
+    signal_number: int = signal.SIGINT
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of a program that this signal ended."""
+        return 128 + self.signal_number
+
+
+@contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, which asyncio turns into a cancellation of its main task.
+
+    SIGINT does so even if it came in ignored, as in a script's background job.
+    """
+    interruption = Interruption()
+
+    def terminate(number: int, _: object) -> None:
+        interruption.signal_number = number
+        signal.raise_signal(signal.SIGINT)
+
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore both, for a clean-up that is short and must be whole."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,362 @@
+"""Connection parameters: merged, checked, and kept out of every message as far as they may be secret."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+from psycopg import ProgrammingError, pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from psycopg.abc import ConnDict
+
+_DEFAULTS = pq.Conninfo.get_defaults()
+
+LIBPQ_OPTIONS = frozenset(option.keyword.decode() for option in _DEFAULTS)
+
+# The keywords of psycopg's AsyncConnection.connect() that are not libpq's.
+PSYCOPG_OPTIONS = frozenset({"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"})
+
+CONNECT_OPTIONS = LIBPQ_OPTIONS | PSYCOPG_OPTIONS
+
+# libpq marks with "*" what a dialog should hide, but for SCRAM keys, which are as good as a password.
+SECRET_OPTIONS = frozenset(
+    {option.keyword.decode() for option in _DEFAULTS if option.dispchar == b"*"}
+    | {"password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret"}
+)
+
+# What other drivers and pools call these options, where the spelling alone does not lead there.
+_OTHER_NAMES = {
+    "database": "dbname",
+    "db": "dbname",
+    "username": "user",
+    "passwd": "password",
+    "timeout": "acquire_timeout",
+    "minconn": "min_size",
+    "maxconn": "max_size",
+    "max_inactive_connection_lifetime": "max_idle",
+    "max_queries": "max_uses",
+    "init": "configure",
+}
+
+MASK = "***"
+
+# libpq refuses a path of this length without any I/O, after it has checked all other options.
+_UNREACHABLE_SOCKET = "/" + "asyncpool" * 30
+
+# In a message, a secret of at least this length is looked for inside of quoted names too, and everywhere.
+_TELLING_LENGTH = 4
+_UNMISTAKABLE_LENGTH = 6
+
+# The words of connection errors. A word among them stays, or the hole in a well-known sentence would tell
+# that it is the password.
+_COMMON_TEXT = """
+    a aborted accepting access actively address all already an and any are as at attempt attempts
+    authentication authorization available bad be because but by can cannot certificate client closed
+    connecting connection connections could current data database denied descriptor detail directory
+    does down encryption entry error exist expired failed failures family fatal file find for from
+    gssapi has hint host hostaddr hosts in info integer interface internet invalid is it known lacks
+    letter limit local locally login lookup machine made many match method missing multiple name names
+    network new no node none not number of off on online onto option or out parameter parse password
+    peer permission port postgres postgresql privilege protocol received refused remaining require
+    required reserved reset resolution resolve restart role roles root route running scram secure
+    server service shutting slots socket ssl sslmode starting startup such superuser support supported
+    supports system table tcp temporary terminated that the this time timed timeout tls to too
+    translate try unable unexpectedly unix unknown unreachable unsupported up use user value verify
+    was were while with
+"""
+_COMMON_WORDS = frozenset(_COMMON_TEXT.split())
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(.*)\Z", re.DOTALL)
+_URL_DELIMITERS = re.compile(r"[@:/?#&=,\[\]]")
+_SECRET_IN_QUERY = re.compile(rf"(?<=[?&])(?:{'|'.join(sorted(SECRET_OPTIONS))})=[^&]*")
+
+# A quoted name, in the marks of the languages that PostgreSQL speaks. An apostrophe within a word is none.
+_QUOTED = re.compile(
+    r"""" ([^"]*) " | (?<!\w)' ([^'\n]*) '(?!\w) | « ([^»]*) » | » ([^«]*) « | [„“] ([^“”]*) [“”]""",
+    re.VERBOSE,
+)
+_ANY_QUOTE = "\"'«»„“”‚‘’「」『』"
+
+# libpq's `missing "=" after "…"` and `matching "]" in … : "…"`: the first token is libpq's own.
+_DROPPED = re.compile(
+    rf"""\A(?P<before>(?:[^{_ANY_QUOTE}]*"[=\]]")?[^{_ANY_QUOTE}]*)[{_ANY_QUOTE}].*[{_ANY_QUOTE}]""",
+    re.DOTALL,
+)
+
+_PORT = re.compile(r"\s*\+?[0-9]{1,9}\s*", re.ASCII)
+
+
+def check_option_names(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError for a name that is not known, and suggest the nearest."""
+    known = frozenset(known)
+    for name in names:
+        if name in known:
+            continue
+        message = f"Pool() got an unknown option {name!r}"
+        nearest = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
+        nearest += difflib.get_close_matches(name, sorted(known), n=1)
+        raise TypeError(f"{message}: did you mean {nearest[0]!r}?" if nearest else message)
+
+
+def parse(conninfo: str, overrides: Mapping[str, object]) -> ConnDict:
+    """Merge a connection string (URL or key=value) with parameters; one that is None is as if not given.
+
+    Does no network I/O. Raises psycopg.ProgrammingError for what libpq or psycopg would refuse before they
+    connect; neither its message nor what is chained to it holds any part of the connection string or a value.
+    Raises TypeError for a conninfo that is not a str and for a parameter that libpq does not know.
+    """
+    if not isinstance(conninfo, str):
+        raise TypeError(f"conninfo must be a str, not {type(conninfo).__name__}")
+    check_option_names(overrides, LIBPQ_OPTIONS)
+    problem, params = _merge(conninfo, overrides)
+    problem = problem or _find_bad_value(params) or _ask_libpq(params)
+    if problem:
+        # Raised here, where no exception is being handled: a chained one would hold the connection string.
+        raise ProgrammingError(problem + _hint(conninfo))
+    return params
+
+
+def _merge(conninfo: str, overrides: Mapping[str, object]) -> tuple[str, ConnDict]:
+    given: ConnDict = {
+        name: value if isinstance(value, int) else str(value)
+        for name, value in overrides.items()
+        if value is not None
+    }
+    if "\0" in conninfo or any("\0" in str(value) for value in given.values()):
+        return "the connection parameters hold a null character", {}
+    try:
+        params = conninfo_to_dict(conninfo, **given)
+        make_conninfo("", **params)
+    except ProgrammingError as error:
+        return _drop_quoted(str(error)), {}
+    except UnicodeError:
+        return "the connection parameters are not valid UTF-8 text", {}
+    return "", params
+
+
+def _drop_quoted(message: str) -> str:
+    # From the first quote to the last: a quote within a quoted token would end it too early.
+    return _DROPPED.sub(lambda match: f'{match["before"]}"{MASK}"', message.strip())
+
+
+def _find_bad_value(params: ConnDict) -> str:
+    """What libpq or psycopg would find only while connecting."""
+    hosts, addresses, ports = (_elements(params, name) for name in ("host", "hostaddr", "port"))
+    if any(port and not (_PORT.fullmatch(port) and 1 <= int(port) <= 65535) for port in ports):
+        return "port is not a number between 1 and 65535"
+    if any("@" in host[1:] and not _is_path(host) for host in hosts):
+        return 'host holds an "@"'
+    if hosts and addresses and len(hosts) != len(addresses):
+        return f"could not match {len(hosts)} host names to {len(addresses)} hostaddr values"
+    if not all(_is_ip_address(address) for address in addresses if address):
+        return "hostaddr is not an IP address"
+    try:
+        int(float(params.get("connect_timeout") or 0))
+    except (ValueError, OverflowError):
+        return "connect_timeout is not a number"
+    return ""
+
+
+def _ask_libpq(params: ConnDict) -> str:
+    """Have libpq check the values of its options, by a connect that fails before any I/O."""
+    if "service" in params or os.environ.get("PGSERVICE"):
+        # The service file may change, and hold hosts.
+        return ""
+    hosts = _elements(params, "host", environment="PGHOST")
+    addresses = _elements(params, "hostaddr", environment="PGHOSTADDR")
+    unreachable = ",".join([_UNREACHABLE_SOCKET] * max(len(hosts), len(addresses), 1))
+    # An empty hostaddr keeps the one in the environment out; user and password, if not given, are looked up
+    # in files.
+    replaced: ConnDict = {"host": unreachable, "hostaddr": "", "user": "unused", "password": "unused"}
+    pgconn = pq.PGconn.connect_start(make_conninfo("", **(params | replaced)).encode())
+    message = pgconn.get_error_message()
+    pgconn.finish()
+    wrong = [line for line in message.splitlines() if line and _UNREACHABLE_SOCKET not in line]
+    return _drop_quoted(wrong[0]) if wrong else ""
+
+
+def _hint(conninfo: str) -> str:
+    if _misread_password(conninfo) is None:
+        return ""
+    return " (in a URL, these characters of a user name or password must be percent-encoded: % @ : / ? # & =)"
+
+
+class Redactor:
+    """Removes from texts what may be a password of these connection parameters, or a part of one.
+
+    An unescaped "@" or "/" in the password of a URL makes libpq take parts of it for a host, port or database
+    name. Of such a URL, everything between the first ":" and the last "@" is treated as the password.
+    Otherwise names of the server, user and database are left in place, even one that equals the password.
+    """
+
+    __slots__ = ("_plain", "_regions", "_secrets", "_words")
+
+    def __init__(self, conninfo: str, overrides: Mapping[str, object]) -> None:
+        given = {name: str(value) for name, value in overrides.items() if value is not None}
+        parsed = _parse_leniently(conninfo)
+        secrets = {
+            value for params in (parsed, given) for name, value in params.items() if name in SECRET_OPTIONS
+        }
+        misread = {name: region for name, value in given.items() if (region := _password_of_url(value))}
+        plain = _plain_values({name: value for name, value in given.items() if name not in misread})
+        regions = set(misread.values())
+        if region := _misread_password(conninfo):
+            regions.add(region)
+        else:
+            plain |= _plain_values(parsed)
+        pieces = {piece for region in regions for piece in _URL_DELIMITERS.split(region)}
+        self._plain = frozenset(plain)
+        self._regions = frozenset(variant for region in regions for variant in _variants(region))
+        self._secrets = frozenset(
+            variant for secret in secrets | pieces | regions for variant in _variants(secret) if variant
+        )
+        self._words = self._compile(bool(regions))
+
+    def redact(self, text: str) -> str:
+        """The text with every possible secret in it masked."""
+        if not self._secrets:
+            return text
+        if self._words is not None:
+            text = self._words.sub(self._mask_word, text)
+        return _QUOTED.sub(self._mask_quoted, text)
+
+    def _compile(self, misread: bool) -> re.Pattern[str] | None:
+        # A short password of a proper conninfo is nowhere to be expected but in quotes.
+        shortest = 1 if misread else _TELLING_LENGTH
+        words = {
+            secret
+            for secret in self._secrets - self._plain - _COMMON_WORDS
+            if len(secret) >= (shortest if re.search(r"\w", secret) else _TELLING_LENGTH)
+        }
+        if not words:
+            return None
+        # A longer name that holds a secret is matched first, and left.
+        words |= {name for name in self._plain if any(word in name for word in words)}
+        return re.compile("|".join(map(_word_pattern, sorted(words, key=len, reverse=True))))
+
+    def _mask_word(self, match: re.Match[str]) -> str:
+        return match[0] if match[0] in self._plain else MASK
+
+    def _mask_quoted(self, match: re.Match[str]) -> str:
+        token = match[match.lastindex or 0]
+        if token in self._plain or not self._holds_secret(token):
+            return match[0]
+        return f"{match[0][0]}{MASK}{match[0][-1]}"
+
+    def _holds_secret(self, token: str) -> bool:
+        if token in self._secrets or MASK in token:
+            return bool(token)
+        if any(len(secret) >= _TELLING_LENGTH and secret in token for secret in self._secrets):
+            return True
+        # The server cuts long names.
+        return len(token) >= _TELLING_LENGTH and any(token in region for region in self._regions)
+
+
+def describe(params: Mapping[str, object], redactor: Redactor) -> str:
+    """`user@host:port/dbname` for logs and reprs, as far as given and not secret."""
+    user, hosts, dbname = (str(params.get(name) or "") for name in ("user", "host", "dbname"))
+    places = _elements(params, "host") if hosts else _elements(params, "hostaddr")
+    ports = _elements(params, "port")
+    if len(ports) == 1:
+        ports *= len(places) or 1
+    ports += [""] * (len(places) - len(ports))
+    servers = [
+        (f"[{_mask(place, redactor)}]" if ":" in place else _mask(place, redactor))
+        + (f":{_mask(port, redactor)}" if port else "")
+        for place, port in zip(places or [""], ports or [""], strict=False)
+    ]
+    text = (f"{_mask(user, redactor)}@" if user else "") + ",".join(servers)
+    return (text + (f"/{_mask(dbname, redactor)}" if dbname else "")) or "libpq's defaults"
+
+
+def needs_lookup(params: Mapping[str, object]) -> bool:
+    """Whether a host name must be resolved before connecting. Hosts from a service file are not seen."""
+    addresses = _elements(params, "hostaddr", environment="PGHOSTADDR")
+    hosts = _elements(params, "host", environment="PGHOST")
+    addresses += [""] * (len(hosts) - len(addresses))
+    return any(
+        host and not address and not _is_path(host) and not _is_ip_address(host)
+        for host, address in zip(hosts, addresses, strict=False)
+    )
+
+
+def _mask(value: str, redactor: Redactor) -> str:
+    return redactor.redact(f'"{value}"')[1:-1]
+
+
+def _elements(params: Mapping[str, object], name: str, environment: str = "") -> list[str]:
+    value = params.get(name)
+    if value is None and environment:
+        value = os.environ.get(environment)
+    return str(value).split(",") if value not in (None, "") else []
+
+
+def _is_path(host: str) -> bool:
+    # A directory of sockets, also on Windows, or Linux's abstract sockets.
+    return host.startswith(("/", "@")) or host[1:2] == ":"
+
+
+def _is_ip_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse_leniently(conninfo: str) -> dict[str, str]:
+    try:
+        return {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    except (ProgrammingError, UnicodeError):
+        return {}
+
+
+def _plain_values(params: Mapping[str, str]) -> set[str]:
+    values = {value for name, value in params.items() if name not in SECRET_OPTIONS and value}
+    return values | {part for value in values for part in value.split(",") if part}
+
+
+def _misread_password(conninfo: str) -> str | None:
+    """What may be the password of a URL that libpq reads otherwise than it was meant; else None."""
+    if conninfo.startswith(("postgresql://", "postgres://")):
+        # libpq ends user and password at the first "@", and finds none behind a "/".
+        before = _user_and_password(conninfo.partition("://")[2])
+        if not {"@", "/"} & set(before):
+            return None
+    return _password_of_url(conninfo)
+
+
+def _password_of_url(text: str) -> str | None:
+    """What stands between the first ":" and the last "@" of a URL within the text."""
+    url = _URL.search(text)
+    before = _user_and_password(url[1]) if url else ""
+    return before.partition(":")[2] or None
+
+
+def _user_and_password(address: str) -> str:
+    # An "@" in the value of `?password=` is read as meant.
+    searched = _SECRET_IN_QUERY.sub(lambda match: "-" * len(match[0]), address)
+    return address[: max(searched.rfind("@"), 0)]
+
+
+def _variants(secret: str) -> set[str]:
+    forms = {secret, unquote(secret)}
+    forms |= {quote(form, safe="", errors="replace") for form in forms}
+    # As in psycopg's messages, which show some values by repr().
+    return forms | {repr(form)[1:-1] for form in forms}
+
+
+def _word_pattern(word: str) -> str:
+    if len(word) >= _UNMISTAKABLE_LENGTH and word not in _COMMON_TEXT:
+        return re.escape(word)
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", word) else ""
+    return before + re.escape(word) + after

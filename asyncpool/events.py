@@ -1,0 +1,61 @@
+"""What can be observed of a pool from outside: why connections close, what it counts, who holds what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class CloseReason(StrEnum):
+    """Why the pool closed a connection; the value is the word in logs and metrics."""
+
+    MAX_IDLE = "max_idle"
+    MAX_LIFETIME = "max_lifetime"
+    MAX_USES = "max_uses"
+    SHRUNK = "shrunk"
+    DRAINED = "drained"
+    DISCONNECTED = "disconnected"
+    CHECK_FAILED = "check_failed"
+    RESET_FAILED = "reset_failed"
+    SETUP_FAILED = "setup_failed"
+    CONFIGURE_FAILED = "configure_failed"
+    CONNECT_FAILED = "connect_failed"
+    RETURNED_BUSY = "returned_busy"
+    LEASE_LOST = "lease_lost"
+    POOL_CLOSED = "pool_closed"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """A pool at one instant. Sizes are connections (`size` is their sum), totals count since construction."""
+
+    name: str
+    min_size: int
+    max_size: int
+    size: int
+    connecting: int
+    idle: int
+    leased: int
+    checking: int
+    recycling: int
+    closing: int
+    waiting: int
+    acquires: int
+    timeouts: int
+    connects: int
+    connect_errors: int
+    abandoned: int
+    """Sessions whose end the server did not confirm within `check_timeout`: it may count them for longer."""
+    closes: Mapping[CloseReason, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A lease: where the connection was acquired (`file:line in function`) and for how many seconds it is held."""
+
+    site: str
+    held_for: float
+    backend_pid: int
+    stack: str | None = None
+    """The full stack of the acquire, with `debug`."""

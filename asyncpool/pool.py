@@ -1,0 +1,347 @@
+"""Pool: the asyncio connection pool."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import warnings
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from time import monotonic
+from types import MappingProxyType, TracebackType
+from typing import Any, Generic, Self, TypeVar, Unpack, cast, overload
+
+import anyio
+from psycopg import AsyncConnection
+from psycopg.abc import AdaptContext
+from psycopg.rows import AsyncRowFactory, TupleRow
+
+from ._core.states import PoolPhase, SlotState
+from ._io.acquisition import DEFAULT, FINISHED, Acquisition, Default
+from ._io.connection import NOT_LEASED, PooledConnection
+from ._io.driver import Conninfo, Driver, check_event_loop
+from ._io.runner import Runner, logger
+from ._io.session import Session
+from .config import (
+    OPTION_NAMES,
+    PoolConfig,
+    PoolOptions,
+    check_connection_class,
+    check_sizes,
+    check_timeout,
+    split_options,
+)
+from .conninfo import CONNECT_OPTIONS, check_option_names
+from .errors import PoolClosed, PoolError, PoolTimeout, WrongLoop
+from .events import Holder, PoolStats
+
+C = TypeVar("C", bound=AsyncConnection[Any])
+Row = TypeVar("Row")
+
+# How long `async with pool` waits at its end for connections that are still leased, in seconds; psycopg_pool's value.
+CLOSE_TIMEOUT = 5.0
+
+
+class Options(PoolOptions, total=False):
+    """The keywords of `Pool(...)`: the pool's own, psycopg's, and the most used of libpq's; it takes them all."""
+
+    autocommit: bool
+    prepare_threshold: int | None
+    context: AdaptContext | None
+    cursor_factory: Any
+    host: str
+    hostaddr: str
+    port: int | str
+    dbname: str
+    user: str
+    password: str
+    passfile: str
+    service: str
+    options: str
+    application_name: str
+    client_encoding: str
+    sslmode: str
+    sslcert: str
+    sslkey: str
+    sslpassword: str
+    sslrootcert: str
+    channel_binding: str
+    keepalives: int
+    keepalives_idle: int
+    keepalives_interval: int
+    keepalives_count: int
+    tcp_user_timeout: int
+    target_session_attrs: str
+    load_balance_hosts: str
+    gssencmode: str
+
+
+class Pool(Generic[C]):
+    """Connections to one database, shared by the tasks of one event loop.
+
+    `conninfo` is a libpq connection string, or a callable, sync or async, that is asked for one at every physical
+    connect. The keywords are the pool's options and psycopg's and libpq's connection parameters. The constructor
+    does no I/O: `async with` the pool, or `await pool.open()`.
+
+    Raises TypeError for an unknown or mistyped option, ValueError for one out of range, and
+    psycopg.ProgrammingError for a malformed conninfo.
+    """
+
+    _runner: Runner | None = None
+
+    @overload
+    def __init__(
+        self: Pool[AsyncConnection[TupleRow]], conninfo: Conninfo = "", **options: Unpack[Options]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Pool[AsyncConnection[Row]],
+        conninfo: Conninfo = "",
+        *,
+        row_factory: AsyncRowFactory[Row],
+        **options: Unpack[Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        conninfo: Conninfo = "",
+        *,
+        connection_class: type[C],
+        row_factory: AsyncRowFactory[Any] | None = None,
+        **options: Unpack[Options],
+    ) -> None: ...
+    def __init__(self, conninfo: Conninfo = "", **options: Any) -> None:
+        own, given = split_options(options)
+        check_option_names(given, CONNECT_OPTIONS | OPTION_NAMES | {"connection_class"})
+        check_connection_class(given.get("connection_class", AsyncConnection))
+        self._config = PoolConfig(**own)
+        self._driver = Driver(self._config, conninfo, given)
+        self._sizes = self._config.min_size, self._config.max_size
+
+    def __repr__(self) -> str:
+        runner = self._runner
+        state = "closed" if runner is None else f"{runner.phase.name.lower()}, {runner.describe()}"
+        return f"<Pool {self.name!r} {state}>"
+
+    @property
+    def name(self) -> str:
+        """The pool's name in logs and errors."""
+        return self._config.name
+
+    # --- life cycle -----------------------------------------------------------------------------------------
+
+    async def open(self, *, wait: bool = True, timeout: float | None | Default = DEFAULT) -> None:
+        """Connect `min_size` connections. A pool that is open already is left as it is.
+
+        `wait=False` returns at once and connects in the background. `timeout` is seconds, by default
+        `acquire_timeout`; None waits for ever; 0 makes one round and raises its error.
+
+        Raises the server's own error if it is final (wrong password, unknown database), and PoolTimeout, with the
+        last connect error as its cause, if the server is not there in time. After an error, or a cancellation,
+        the pool is closed.
+        """
+        check_event_loop()
+        limit = self._config.acquire_timeout if isinstance(timeout, Default) else timeout
+        check_timeout("timeout", limit)
+        runner = self._runner_to_open(single_round=limit == 0)
+        if not wait:
+            return
+        try:
+            await asyncio.wait((runner.opening,), timeout=limit or None)
+            if not runner.opening.done():
+                raise PoolTimeout(
+                    f"{self.name}: not {runner.machine.min_size} connections within {limit:g} s; {runner.describe()}"
+                ) from runner.last_connect_error
+            if error := runner.opening.exception():
+                raise error
+            if runner.phase is not PoolPhase.OPEN:
+                raise PoolClosed(f"{self.name} was closed while it was being opened")
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                runner.close()
+                await asyncio.wait((runner.closing,), timeout=2 * self._config.check_timeout)
+            raise
+
+    def _runner_to_open(self, *, single_round: bool) -> Runner:
+        """The present runner if it is at work, else a new one that is opening."""
+        runner = self._runner
+        if runner is not None:
+            if runner.loop.is_closed():
+                runner.abandon()
+            elif runner.phase is not PoolPhase.CLOSED:
+                self._check_loop(runner)
+                if runner.phase is PoolPhase.CLOSING:
+                    raise PoolClosed(f"{self.name} is being closed: await close() before opening it again")
+                return runner
+        debug = self._config.debug if self._config.debug is not None else sys.flags.dev_mode
+        self._runner = runner = Runner(self._config, self._driver, debug=debug)
+        runner.machine.min_size, runner.machine.max_size = self._sizes
+        runner.open(single_round=single_round)
+        return runner
+
+    async def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
+        """Refuse new and waiting callers, and close every connection. A closed pool can be opened again.
+
+        Waits up to `timeout` seconds (None: for ever) for the connections in use; then shuts those down, with a
+        warning that names where they were acquired. After a cancellation the pool goes on closing by itself, but
+        shuts no connection down that is in use.
+        """
+        check_timeout("timeout", timeout)
+        runner = self._runner
+        if runner is None or runner.phase is PoolPhase.CLOSED:
+            return
+        self._check_loop(runner)
+        runner.close()
+        if timeout != 0:
+            await asyncio.wait((runner.closing,), timeout=timeout)
+        if not runner.closing.done() and (holders := self.holders()):
+            logger.warning(
+                "%s: closing with %d connections in use, acquired at %s",
+                self.name,
+                len(holders),
+                "; ".join(holder.site for holder in holders),
+            )
+            runner.sever()
+        await asyncio.wait((runner.closing,))
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        runner = self._runner
+        if runner is None or runner.machine.phase is PoolPhase.CLOSED:
+            return
+        try:
+            runner.let_go()
+        finally:
+            _warn(f"{self.name} was dropped without being closed: use `async with`, or `await pool.close()`", ResourceWarning)
+
+    # --- connections ----------------------------------------------------------------------------------------
+
+    def acquire(self, timeout: float | None | Default = DEFAULT) -> Acquisition[C]:
+        """A connection: `conn = await pool.acquire()`, or `async with pool.acquire() as conn`.
+
+        `timeout` is seconds, by default `acquire_timeout`; None waits for ever, 0 does not wait. The block commits
+        at its end, rolls back after an exception, and gives the connection back; awaited by hand, it is for
+        `release()` to give back.
+
+        Raises PoolTimeout, PoolClosed, TooManyWaiting, WrongLoop; PoolError if the server's refusal is final and
+        there is no connection. A cancellation leaves nothing behind.
+        """
+        runner = self._runner
+        if runner is None:
+            raise self._not_open()
+        frame = sys._getframe(1)
+        return Acquisition(runner, timeout, frame.f_code, frame.f_lasti)
+
+    def release(self, connection: C) -> Awaitable[None]:
+        """Give a connection back, in any condition. A transaction left open is rolled back in the background.
+
+        It acts when it is called; what it returns is finished and may be awaited or not, so that no cancellation
+        can come in between. Raises PoolError for a connection that was released already or is not the pool's,
+        WrongLoop outside the pool's event loop; neither changes anything.
+        """
+        pooled = cast(PooledConnection, connection)
+        runner = getattr(connection, "_pool", None)
+        if runner.__class__ is not Runner or runner.config is not self._config:
+            raise PoolError(f"{self.name}: this connection is not of this pool")
+        self._check_loop(runner)
+        if pooled._lease <= NOT_LEASED:
+            raise PoolError(f"{self.name}: this connection was released already")
+        runner.end_lease(pooled, pooled._session)
+        return FINISHED
+
+    @asynccontextmanager
+    async def transaction(self, timeout: float | None | Default = DEFAULT) -> AsyncIterator[C]:
+        """A connection inside a transaction, also with autocommit: `async with pool.transaction() as conn`.
+
+        Raises as `acquire()` does, and what the COMMIT raises.
+        """
+        async with self.acquire(timeout) as connection, connection.transaction():
+            yield connection
+
+    # --- administration -------------------------------------------------------------------------------------
+
+    def resize(self, min_size: int, max_size: int) -> Awaitable[None]:
+        """Change the bounds, at once. Idle connections in excess are closed, leased ones when given back.
+
+        What it returns is finished. Raises TypeError or ValueError for impossible sizes.
+        """
+        check_sizes(min_size, max_size)
+        self._sizes = min_size, max_size
+        if (runner := self._runner) is not None and runner.phase is not PoolPhase.CLOSED:
+            self._check_loop(runner)
+            runner.perform(runner.machine.resize(min_size, max_size, monotonic()))
+        return FINISHED
+
+    def drain(self) -> Awaitable[None]:
+        """Replace every connection: idle ones at once, leased ones when given back. What it returns is finished."""
+        runner = self._open_runner()
+        runner.perform(runner.machine.drain(monotonic()))
+        return FINISHED
+
+    async def check(self) -> None:
+        """Ping every idle connection, and close those that do not answer within `check_timeout`."""
+        runner = self._open_runner()
+        runner.perform(runner.machine.check(monotonic()))
+        await runner.wait_for_checks()
+
+    def stats(self) -> PoolStats:
+        """The sizes now, and the totals since the pool was opened. Of a closed pool all are 0."""
+        runner = self._runner
+        machine = runner.machine if runner is not None and runner.phase is not PoolPhase.CLOSED else None
+        count = machine.count if machine is not None else lambda state: 0
+        totals = runner.machine if runner is not None else None
+        return PoolStats(
+            name=self.name,
+            min_size=self._sizes[0],
+            max_size=self._sizes[1],
+            size=machine.size if machine is not None else 0,
+            connecting=count(SlotState.CONNECTING),
+            idle=count(SlotState.IDLE),
+            leased=count(SlotState.LEASED),
+            checking=count(SlotState.CHECKING),
+            recycling=count(SlotState.RECYCLING),
+            closing=count(SlotState.CLOSING),
+            waiting=machine.waiting if machine is not None else 0,
+            acquires=totals.acquires if totals is not None else 0,
+            timeouts=totals.timeouts if totals is not None else 0,
+            connects=totals.connects if totals is not None else 0,
+            connect_errors=totals.connect_errors if totals is not None else 0,
+            abandoned=self._driver.abandoned,
+            closes=MappingProxyType(dict(totals.closes) if totals is not None else {}),
+        )
+
+    def holders(self) -> list[Holder]:
+        """The connections in use, the one held longest first."""
+        runner = self._runner
+        if runner is None or runner.phase is PoolPhase.CLOSED:
+            return []
+        now = monotonic()
+        sessions = [(slot, cast(Session, slot.resource)) for slot in runner.machine.leases()]
+        return [
+            Holder(session.site, now - slot.leased_at, session.pgconn.backend_pid, session.stack)
+            for slot, session in sessions
+        ]
+
+    # --- refusals -------------------------------------------------------------------------------------------
+
+    def _open_runner(self) -> Runner:
+        runner = self._runner
+        if runner is None or runner.phase not in (PoolPhase.OPENING, PoolPhase.OPEN):
+            raise self._not_open()
+        self._check_loop(runner)
+        return runner
+
+    def _not_open(self) -> PoolClosed:
+        return PoolClosed(f"{self.name} is not open: use `async with Pool(...) as pool`, or `await pool.open()`")
+
+    def _check_loop(self, runner: Runner) -> None:
+        if asyncio._get_running_loop() is not runner.loop:
+            raise WrongLoop(f"{self.name} was opened in another event loop than the one that uses it now")
