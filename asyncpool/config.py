@@ -72,36 +72,34 @@ class PoolConfig:
     debug: bool | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise TypeError(f"name must be a non-empty str, not {self.name!r}")
+        name: object = self.name
+        if not (isinstance(name, str) and name):
+            raise TypeError(f"name must be a non-empty str, not {name!r}")
         check_sizes(self.min_size, self.max_size)
-        for option in ("max_waiting", "max_uses"):
-            if (value := getattr(self, option)) is not None:
-                _check_int(option, value, at_least=0 if option == "max_waiting" else 1)
-        _check_int("max_connecting", self.max_connecting, at_least=1)
-        for option in ("acquire_timeout", "check_interval"):
-            if (value := getattr(self, option)) is not None:
-                _check_seconds(option, value, none_means=_NONE_MEANS[option])
-        for option in ("max_lifetime", "max_idle", "long_held_after"):
-            if (value := getattr(self, option)) is not None:
-                _check_seconds(option, value, positive=True, none_means=_NONE_MEANS[option])
-        for option in ("connect_timeout", "backoff_initial", "backoff_max", "check_timeout", "cancel_timeout"):
-            _check_seconds(option, getattr(self, option), positive=True)
+        self._check_numbers()
         if self.backoff_initial > self.backoff_max:
-            raise ValueError(
-                f"backoff_initial={self.backoff_initial} is greater than backoff_max={self.backoff_max}"
-            )
+            raise ValueError(f"backoff_initial={self.backoff_initial} is greater than backoff_max={self.backoff_max}")
         if not callable(self.reset) and self.reset not in ("rollback", "session", "discard"):
-            raise ValueError(
-                f"reset must be 'rollback', 'session', 'discard' or a callable, not {self.reset!r}"
-            )
+            raise ValueError(f"reset must be 'rollback', 'session', 'discard' or a callable, not {self.reset!r}")
         for option in ("configure", "check", "setup"):
             if (value := getattr(self, option)) is not None and not callable(value):
                 raise TypeError(f"{option} must be a callable that takes a connection, not {value!r}")
 
+    def _check_numbers(self) -> None:
+        _check_int("max_connecting", self.max_connecting, at_least=1)
+        for option, least in (("max_waiting", 0), ("max_uses", 1)):
+            if (value := getattr(self, option)) is not None:
+                _check_int(option, value, at_least=least)
+        for option, none_means in _NONE_MEANS.items():
+            if (value := getattr(self, option)) is not None:
+                _check_seconds(option, value, positive=option not in _MAY_BE_ZERO, none_means=none_means)
+        for option in ("connect_timeout", "backoff_initial", "backoff_max", "check_timeout", "cancel_timeout"):
+            _check_seconds(option, getattr(self, option), positive=True)
+
 
 OPTION_NAMES = frozenset(f.name for f in fields(PoolConfig))
 
+_MAY_BE_ZERO = ("acquire_timeout", "check_interval")
 _NONE_MEANS = {
     "acquire_timeout": "to wait for ever",
     "check_interval": "to never ping",

@@ -126,9 +126,7 @@ def parse(conninfo: str, overrides: Mapping[str, object]) -> ConnDict:
 
 def _merge(conninfo: str, overrides: Mapping[str, object]) -> tuple[str, ConnDict]:
     given: ConnDict = {
-        name: value if isinstance(value, int) else str(value)
-        for name, value in overrides.items()
-        if value is not None
+        name: value if isinstance(value, int) else str(value) for name, value in overrides.items() if value is not None
     }
     if "\0" in conninfo or any("\0" in str(value) for value in given.values()):
         return "the connection parameters hold a null character", {}
@@ -197,28 +195,29 @@ class Redactor:
     Otherwise names of the server, user and database are left in place, even one that equals the password.
     """
 
-    __slots__ = ("_plain", "_regions", "_secrets", "_words")
+    __slots__ = ("_misread", "_plain", "_secrets", "_words")
 
     def __init__(self, conninfo: str, overrides: Mapping[str, object]) -> None:
         given = {name: str(value) for name, value in overrides.items() if value is not None}
         parsed = _parse_leniently(conninfo)
-        secrets = {
-            value for params in (parsed, given) for name, value in params.items() if name in SECRET_OPTIONS
-        }
-        misread = {name: region for name, value in given.items() if (region := _password_of_url(value))}
-        plain = _plain_values({name: value for name, value in given.items() if name not in misread})
-        regions = set(misread.values())
-        if region := _misread_password(conninfo):
-            regions.add(region)
+        secrets = {value for params in (given, parsed) for name, value in params.items() if name in SECRET_OPTIONS}
+        urls = {value for value in _names(given) | _names(parsed) if _password_of_url(value)}
+        misread = {password for url in urls if (password := _password_of_url(url))}
+        plain = _names(given)
+        if password := _misread_password(conninfo):
+            misread.add(password)
+            # What libpq took for a name begins within the password, and the last one ends behind its "@".
+            secrets |= {
+                name for name in _names(parsed) if "@" in name or (len(name) >= _TELLING_LENGTH and name in password)
+            }
         else:
-            plain |= _plain_values(parsed)
-        pieces = {piece for region in regions for piece in _URL_DELIMITERS.split(region)}
+            plain |= _names(parsed)
+        plain -= urls
+        secrets |= misread | {piece for password in misread for piece in _URL_DELIMITERS.split(password)}
+        self._misread = frozenset(urls | _variants(misread))
         self._plain = frozenset(plain)
-        self._regions = frozenset(variant for region in regions for variant in _variants(region))
-        self._secrets = frozenset(
-            variant for secret in secrets | pieces | regions for variant in _variants(secret) if variant
-        )
-        self._words = self._compile(bool(regions))
+        self._secrets = frozenset(_variants(secrets) - self._plain - {""})
+        self._words = self._compile()
 
     def redact(self, text: str) -> str:
         """The text with every possible secret in it masked."""
@@ -228,12 +227,17 @@ class Redactor:
             text = self._words.sub(self._mask_word, text)
         return _QUOTED.sub(self._mask_quoted, text)
 
-    def _compile(self, misread: bool) -> re.Pattern[str] | None:
+    def mask(self, name: str) -> str:
+        """A name on its own: as it is, or nothing of it."""
+        secret = self._holds_secret(name) or (self._words is not None and self._words.search(name))
+        return MASK if secret and name not in self._plain else name
+
+    def _compile(self) -> re.Pattern[str] | None:
         # A short password of a proper conninfo is nowhere to be expected but in quotes.
-        shortest = 1 if misread else _TELLING_LENGTH
+        shortest = 1 if self._misread else _TELLING_LENGTH
         words = {
             secret
-            for secret in self._secrets - self._plain - _COMMON_WORDS
+            for secret in self._secrets - _COMMON_WORDS
             if len(secret) >= (shortest if re.search(r"\w", secret) else _TELLING_LENGTH)
         }
         if not words:
@@ -257,7 +261,7 @@ class Redactor:
         if any(len(secret) >= _TELLING_LENGTH and secret in token for secret in self._secrets):
             return True
         # The server cuts long names.
-        return len(token) >= _TELLING_LENGTH and any(token in region for region in self._regions)
+        return len(token) >= _TELLING_LENGTH and any(token in misread for misread in self._misread)
 
 
 def describe(params: Mapping[str, object], redactor: Redactor) -> str:
@@ -269,12 +273,11 @@ def describe(params: Mapping[str, object], redactor: Redactor) -> str:
         ports *= len(places) or 1
     ports += [""] * (len(places) - len(ports))
     servers = [
-        (f"[{_mask(place, redactor)}]" if ":" in place else _mask(place, redactor))
-        + (f":{_mask(port, redactor)}" if port else "")
+        _bracketed(redactor.mask(place)) + (port and f":{redactor.mask(port)}")
         for place, port in zip(places or [""], ports or [""], strict=False)
     ]
-    text = (f"{_mask(user, redactor)}@" if user else "") + ",".join(servers)
-    return (text + (f"/{_mask(dbname, redactor)}" if dbname else "")) or "libpq's defaults"
+    text = (user and f"{redactor.mask(user)}@") + ",".join(servers) + (dbname and f"/{redactor.mask(dbname)}")
+    return text or "libpq's defaults"
 
 
 def needs_lookup(params: Mapping[str, object]) -> bool:
@@ -288,8 +291,8 @@ def needs_lookup(params: Mapping[str, object]) -> bool:
     )
 
 
-def _mask(value: str, redactor: Redactor) -> str:
-    return redactor.redact(f'"{value}"')[1:-1]
+def _bracketed(place: str) -> str:
+    return f"[{place}]" if ":" in place else place
 
 
 def _elements(params: Mapping[str, object], name: str, environment: str = "") -> list[str]:
@@ -319,9 +322,10 @@ def _parse_leniently(conninfo: str) -> dict[str, str]:
         return {}
 
 
-def _plain_values(params: Mapping[str, str]) -> set[str]:
-    values = {value for name, value in params.items() if name not in SECRET_OPTIONS and value}
-    return values | {part for value in values for part in value.split(",") if part}
+def _names(params: Mapping[str, str]) -> set[str]:
+    """The values that are no secrets; of a list, as hosts may be, also its elements."""
+    values = {value for name, value in params.items() if name not in SECRET_OPTIONS}
+    return values | {element for value in values for element in value.split(",")}
 
 
 def _misread_password(conninfo: str) -> str | None:
@@ -347,8 +351,8 @@ def _user_and_password(address: str) -> str:
     return address[: max(searched.rfind("@"), 0)]
 
 
-def _variants(secret: str) -> set[str]:
-    forms = {secret, unquote(secret)}
+def _variants(secrets: Iterable[str]) -> set[str]:
+    forms = {form for secret in secrets for form in (secret, unquote(secret))}
     forms |= {quote(form, safe="", errors="replace") for form in forms}
     # As in psycopg's messages, which show some values by repr().
     return forms | {repr(form)[1:-1] for form in forms}

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from threading import get_ident
 from time import monotonic
 from types import MappingProxyType, TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack, cast, overload
@@ -17,7 +18,7 @@ from psycopg.abc import AdaptContext
 from psycopg.rows import AsyncRowFactory, TupleRow
 
 from ._core.states import PoolPhase, SlotState
-from ._io.acquisition import DEFAULT, FINISHED, Acquisition, Default
+from ._io.acquisition import DEFAULT, Acquisition, Default
 from ._io.connection import NOT_LEASED, PooledConnection
 from ._io.driver import Conninfo, Driver, check_event_loop
 from ._io.runner import Runner, logger
@@ -32,7 +33,7 @@ from .config import (
     split_options,
 )
 from .conninfo import CONNECT_OPTIONS, check_option_names
-from .errors import PoolClosed, PoolError, PoolTimeout, WrongLoop
+from .errors import PoolClosed, PoolError, PoolTimeout
 from .events import Holder, PoolStats
 
 C = TypeVar("C", bound=AsyncConnection[Any])
@@ -130,7 +131,7 @@ class Pool(Generic[C]):
 
     # --- life cycle -----------------------------------------------------------------------------------------
 
-    async def open(self, *, wait: bool = True, timeout: float | None | Default = DEFAULT) -> None:
+    async def open(self, *, wait: bool = True, timeout: float | Default | None = DEFAULT) -> None:
         """Connect `min_size` connections. A pool that is open already is left as it is.
 
         `wait=False` returns at once and connects in the background. `timeout` is seconds, by default
@@ -169,7 +170,7 @@ class Pool(Generic[C]):
             if runner.loop.is_closed():
                 runner.abandon()
             elif runner.phase is not PoolPhase.CLOSED:
-                self._check_loop(runner)
+                runner.check_loop()
                 if runner.phase is PoolPhase.CLOSING:
                     raise PoolClosed(f"{self.name} is being closed: await close() before opening it again")
                 return runner
@@ -190,7 +191,7 @@ class Pool(Generic[C]):
         runner = self._runner
         if runner is None or runner.phase is PoolPhase.CLOSED:
             return
-        self._check_loop(runner)
+        runner.check_loop()
         runner.close()
         if timeout != 0:
             await asyncio.wait((runner.closing,), timeout=timeout)
@@ -220,18 +221,21 @@ class Pool(Generic[C]):
         try:
             runner.let_go()
         finally:
-            _warn(f"{self.name} was dropped without being closed: use `async with`, or `await pool.close()`", ResourceWarning)
+            _warn(
+                f"{self.name} was dropped without being closed: use `async with`, or `await pool.close()`",
+                ResourceWarning,
+            )
 
     # --- connections ----------------------------------------------------------------------------------------
 
-    def acquire(self, timeout: float | None | Default = DEFAULT) -> Acquisition[C]:
+    def acquire(self, timeout: float | Default | None = DEFAULT) -> Acquisition[C]:
         """A connection: `conn = await pool.acquire()`, or `async with pool.acquire() as conn`.
 
         `timeout` is seconds, by default `acquire_timeout`; None waits for ever, 0 does not wait. The block commits
         at its end, rolls back after an exception, and gives the connection back; awaited by hand, it is for
         `release()` to give back.
 
-        Raises PoolTimeout, PoolClosed, TooManyWaiting, WrongLoop; PoolError if the server's refusal is final and
+        Raises PoolTimeout, PoolClosed, TooManyWaiting; PoolError if the server's refusal is final and
         there is no connection. A cancellation leaves nothing behind.
         """
         runner = self._runner
@@ -248,17 +252,18 @@ class Pool(Generic[C]):
         WrongLoop outside the pool's event loop; neither changes anything.
         """
         pooled = cast(PooledConnection, connection)
-        runner = getattr(connection, "_pool", None)
+        runner: Runner = getattr(connection, "_pool", None)  # type: ignore[assignment]  # checked next
         if runner.__class__ is not Runner or runner.config is not self._config:
             raise PoolError(f"{self.name}: this connection is not of this pool")
-        self._check_loop(runner)
+        if get_ident() != runner.thread or not runner.loop.is_running():
+            runner.check_loop()
         if pooled._lease <= NOT_LEASED:
             raise PoolError(f"{self.name}: this connection was released already")
         runner.end_lease(pooled, pooled._session)
-        return FINISHED
+        return runner.finished
 
     @asynccontextmanager
-    async def transaction(self, timeout: float | None | Default = DEFAULT) -> AsyncIterator[C]:
+    async def transaction(self, timeout: float | Default | None = DEFAULT) -> AsyncIterator[C]:
         """A connection inside a transaction, also with autocommit: `async with pool.transaction() as conn`.
 
         Raises as `acquire()` does, and what the COMMIT raises.
@@ -268,23 +273,21 @@ class Pool(Generic[C]):
 
     # --- administration -------------------------------------------------------------------------------------
 
-    def resize(self, min_size: int, max_size: int) -> Awaitable[None]:
+    def resize(self, min_size: int, max_size: int) -> None:
         """Change the bounds, at once. Idle connections in excess are closed, leased ones when given back.
 
-        What it returns is finished. Raises TypeError or ValueError for impossible sizes.
+        Raises TypeError or ValueError for impossible sizes.
         """
         check_sizes(min_size, max_size)
         self._sizes = min_size, max_size
         if (runner := self._runner) is not None and runner.phase is not PoolPhase.CLOSED:
-            self._check_loop(runner)
+            runner.check_loop()
             runner.perform(runner.machine.resize(min_size, max_size, monotonic()))
-        return FINISHED
 
-    def drain(self) -> Awaitable[None]:
-        """Replace every connection: idle ones at once, leased ones when given back. What it returns is finished."""
+    def drain(self) -> None:
+        """Replace every connection: idle ones at once, leased ones when given back. Raises PoolClosed."""
         runner = self._open_runner()
         runner.perform(runner.machine.drain(monotonic()))
-        return FINISHED
 
     async def check(self) -> None:
         """Ping every idle connection, and close those that do not answer within `check_timeout`."""
@@ -336,12 +339,8 @@ class Pool(Generic[C]):
         runner = self._runner
         if runner is None or runner.phase not in (PoolPhase.OPENING, PoolPhase.OPEN):
             raise self._not_open()
-        self._check_loop(runner)
+        runner.check_loop()
         return runner
 
     def _not_open(self) -> PoolClosed:
         return PoolClosed(f"{self.name} is not open: use `async with Pool(...) as pool`, or `await pool.open()`")
-
-    def _check_loop(self, runner: Runner) -> None:
-        if asyncio._get_running_loop() is not runner.loop:
-            raise WrongLoop(f"{self.name} was opened in another event loop than the one that uses it now")

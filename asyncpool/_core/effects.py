@@ -88,9 +88,7 @@ class Closed:
     """The last slot is gone."""
 
 
-Effect: TypeAlias = (
-    Connect | Check | Recycle | Close | Grant | Refuse | WakeAt | Opened | OpeningFailed | Closed
-)
+Effect: TypeAlias = Connect | Check | Recycle | Close | Grant | Refuse | WakeAt | Opened | OpeningFailed | Closed
 Effects: TypeAlias = Sequence[Effect]
 
 NO_EFFECTS: Effects = ()

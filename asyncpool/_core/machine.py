@@ -164,14 +164,16 @@ class PoolMachine:
 
     def take(self, now: float) -> Slot | None:
         """Lease the connection that was idle for the shortest time, if it may be handed out as it is."""
-        idle = self._idle
-        if not idle:
-            return None
-        slot = idle[-1]
-        if now >= slot.fresh_until:
-            return None
-        self._lease(slot, now)
-        return slot
+        if self._idle:
+            slot = self._idle[-1]
+            if now < slot.fresh_until:
+                self._move(slot, LEASED)
+                slot.leased_at = now
+                slot.uses += 1
+                if slot.uses >= self._max_uses:
+                    self._doom(slot, CloseReason.MAX_USES)
+                return slot
+        return None
 
     def enqueue(self, waiter: Waiter, now: float) -> Effects:
         """Put a caller whom `take` could not serve at the end of the queue."""
@@ -210,7 +212,7 @@ class PoolMachine:
         slot.idle_since = now
         slot.verified_at = answered_at
         fresh_until = answered_at + self._check_interval
-        slot.fresh_until = fresh_until if fresh_until < slot.expires_at else slot.expires_at
+        slot.fresh_until = min(slot.expires_at, fresh_until)
         if self._waiters and now < fresh_until:
             return (self._hand_over(slot, now),)
         self._move(slot, IDLE)
@@ -404,16 +406,6 @@ class PoolMachine:
             raise IllegalMove(f"pool from {self.phase.name} to {phase.name}")
         self.phase = phase
 
-    def _lease(self, slot: Slot, now: float) -> None:
-        self._move(slot, LEASED)
-        self._begin_lease(slot, now)
-
-    def _begin_lease(self, slot: Slot, now: float) -> None:
-        slot.leased_at = now
-        slot.uses += 1
-        if slot.uses >= self._max_uses:
-            self._doom(slot, CloseReason.MAX_USES)
-
     def _doom(self, slot: Slot, reason: CloseReason) -> None:
         """Have it closed as soon as nobody holds it."""
         slot.expires_at = -NEVER
@@ -494,7 +486,10 @@ class PoolMachine:
         """Ownership changes before the waiter is woken: one that is cancelled meanwhile withdraws."""
         waiter, _ = self._waiters.popitem(last=False)
         waiter.slot = slot
-        self._begin_lease(slot, now)
+        slot.leased_at = now
+        slot.uses += 1
+        if slot.uses >= self._max_uses:
+            self._doom(slot, CloseReason.MAX_USES)
         self._compact_deadlines()
         return Grant(waiter, slot)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Generator
+from threading import get_ident
 from time import monotonic
 from types import CodeType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from psycopg import AsyncConnection, pq
 
 from .._core.machine import Slot
 from .._core.policy import NEVER
 from ..config import check_timeout
-from ..errors import PoolClosed, PoolError, WrongLoop
+from ..errors import PoolError
 from .connection import PooledConnection
 from .runner import WATCH_STALENESS, FutureWaiter, Runner, describe_unfinished
 from .session import BAD, IDLE, Session
@@ -35,30 +35,12 @@ class Default:
 DEFAULT = Default()
 
 
-class _Finished:
-    """What an operation returns that was done when it was called: awaiting it does not suspend."""
-
-    __slots__ = ()
-    _steps = iter(())
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return cast("Generator[Any, Any, None]", self._steps)
-
-
-FINISHED: Awaitable[None] = _Finished()
-
-if TYPE_CHECKING:
-    _running_loop = asyncio.get_running_loop
-else:
-    _running_loop = asyncio._get_running_loop  # does not raise where none runs
-
-
 class Acquisition(Generic[C]):
     """A connection to be: `await` it, or enter it with `async with`."""
 
     __slots__ = ("_code", "_connection", "_lease", "_offset", "_runner", "_timeout")
 
-    def __init__(self, runner: Runner, timeout: float | None | Default, code: CodeType, offset: int) -> None:
+    def __init__(self, runner: Runner, timeout: float | Default | None, code: CodeType, offset: int) -> None:
         self._runner = runner
         self._timeout = timeout
         self._code = code  # where acquire() was called
@@ -66,8 +48,8 @@ class Acquisition(Generic[C]):
 
     def __await__(self) -> Generator[Any, Any, C]:
         runner = self._runner
-        if _running_loop() is not runner.loop:
-            raise _misplaced(runner)
+        if get_ident() != runner.thread or not runner.loop.is_running():
+            runner.check_loop()
         now = monotonic()
         watch = runner.watch
         if now - watch.polled_at > WATCH_STALENESS:
@@ -126,15 +108,11 @@ class Acquisition(Generic[C]):
     ) -> Awaitable[None]:
         connection: PooledConnection = self._connection
         if connection._lease != self._lease:
-            return FINISHED  # given back inside the block, by close() or release()
+            return self._runner.finished  # given back inside the block, by close() or release()
         session = connection._session
-        if (
-            exc_type is not None
-            or session.pgconn.transaction_status == _IDLE
-            and not describe_unfinished(connection)
-        ):
+        if exc_type is not None or (session.pgconn.transaction_status == _IDLE and not describe_unfinished(connection)):
             self._runner.end_lease(connection, session, after_block=True)
-            return FINISHED
+            return self._runner.finished
         return self._finish(connection, session)
 
     async def _finish(self, connection: PooledConnection, session: Session) -> None:
@@ -144,7 +122,9 @@ class Acquisition(Generic[C]):
             status = session.pgconn.transaction_status
             if session.pgconn.status == BAD:
                 if session.in_transaction:
-                    raise PoolError(f"{name}: the connection was lost inside the block, and what it did is not committed")
+                    raise PoolError(
+                        f"{name}: the connection was lost inside the block, and what it did is not committed"
+                    )
             elif unfinished := describe_unfinished(connection):
                 raise PoolError(
                     f"{name}: the block ended with its connection {unfinished}; it is closed, and nothing committed"
@@ -159,9 +139,3 @@ class Acquisition(Generic[C]):
         finally:
             if connection._lease == self._lease:
                 self._runner.end_lease(connection, session, after_block=True)
-
-
-def _misplaced(runner: Runner) -> PoolError:
-    if runner.loop.is_closed():
-        return PoolClosed(f"{runner.config.name}: the event loop it was opened in is closed; open it again")
-    return WrongLoop(f"{runner.config.name} was opened in another event loop than the one that uses it now")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import weakref
-from functools import lru_cache, partial
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -99,16 +99,19 @@ class PooledConnection(AsyncConnection[Any]):
         """An object of its own for the next lease of the same session, so that this one is useless for ever."""
         other = copy.copy(self)
         pgconn = other.pgconn
-        wself = weakref.ref(other)
+        wself: weakref.ref[BaseConnection[Any]] = weakref.ref(other)
         pgconn.notice_handler = partial(BaseConnection._notice_handler, wself)
         pgconn.notify_handler = partial(BaseConnection._notify_handler, wself)
         return other
 
 
-@lru_cache(maxsize=64)
+_classes: dict[type[AsyncConnection[Any]], type[PooledConnection]] = {AsyncConnection: PooledConnection}
+
+
 def pooled_class(connection_class: type[AsyncConnection[Any]]) -> type[PooledConnection]:
     """`connection_class` with the pool's waits and close(); isinstance() still holds for it."""
-    if connection_class is AsyncConnection:
-        return PooledConnection
-    name = f"Pooled{connection_class.__name__}"
-    return type(name, (PooledConnection, connection_class), {"__module__": connection_class.__module__})
+    if connection_class not in _classes:
+        name = f"Pooled{connection_class.__name__}"
+        namespace = {"__module__": connection_class.__module__}
+        _classes[connection_class] = type(name, (PooledConnection, connection_class), namespace)
+    return _classes[connection_class]

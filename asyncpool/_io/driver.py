@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import threading
@@ -149,7 +150,9 @@ class Driver:
                     answer = conninfo()
                     conninfo = answer if isinstance(answer, str) else await answer
             except Exception as ex:
-                raise ConnectFailed(_named(OperationalError, f"the conninfo callable raised {_brief(ex)}"), _T) from None
+                raise ConnectFailed(
+                    _named(OperationalError, f"the conninfo callable raised {_brief(ex)}"), _T
+                ) from None
         try:
             return parse(conninfo, self._libpq_options), Redactor(conninfo, self._libpq_options)
         except (ProgrammingError, TypeError) as error:
@@ -313,13 +316,13 @@ def _failure(pgconn: PGconn, redactor: Redactor) -> ConnectFailed:
     sqlstate, words = split_sqlstate(pgconn.get_error_message())
     error_class: type[Exception] = OperationalError
     if sqlstate is not None:
-        try:
+        with contextlib.suppress(KeyError):
             error_class = e.lookup(sqlstate)
-        except KeyError:
-            pass
         if not issubclass(error_class, OperationalError):
             error_class = OperationalError
-    return ConnectFailed(_named(error_class, f"connection failed: {redactor.redact(words)}"), _classify(sqlstate, words))
+    return ConnectFailed(
+        _named(error_class, f"connection failed: {redactor.redact(words)}"), _classify(sqlstate, words)
+    )
 
 
 def _classify(sqlstate: str | None, words: str) -> ConnectFailure:
@@ -393,10 +396,8 @@ async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
             result = function()
         except BaseException as ex:
             error = ex
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
             loop.call_soon_threadsafe(deliver, result, error)
-        except RuntimeError:
-            pass  # the loop has been closed: nobody waits any more
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return await answer

@@ -7,6 +7,7 @@ driven from its callback, and the waiting task is woken once, when the generator
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
 import socket
 from time import monotonic
@@ -32,7 +33,17 @@ MAX_BUSY_TIME = 0.005
 class Reader:
     """Drives one generator at a time on one socket. The loop holds the Reader, never the connection object."""
 
-    __slots__ = ("_future", "_generator", "_reading", "_state", "_writing", "answered_at", "fd", "loop", "yielded_at")
+    __slots__ = (
+        "_future",
+        "_generator",
+        "_reading",
+        "_state",
+        "_writing",
+        "answered_at",
+        "fd",
+        "loop",
+        "yielded_at",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
         self.loop = loop
@@ -80,7 +91,7 @@ class Reader:
             self._advance(ready)
         if not future.done():
             self._end()
-            future.set_exception(e._WaitTimeout("wait timeout expired"))  # noqa: SLF001  # what notifies() expects
+            future.set_exception(e._WaitTimeout("wait timeout expired"))  # what notifies() expects
 
     def stop(self) -> None:
         """Take the socket out of the event loop, before its descriptor is closed; end a wait with an error."""
@@ -199,11 +210,9 @@ else:
 
 def shut_down(fd: int) -> None:
     """End both directions of a socket without closing its descriptor: whoever waits on it wakes with an error."""
-    with duplicate(fd) as sock:
-        try:
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # not connected any more, which is what was wanted
+    # An OSError: not connected any more, which is what was wanted.
+    with duplicate(fd) as sock, contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def duplicate(fd: int) -> socket.socket:

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Coroutine
 from functools import partial
+from threading import get_ident
 from time import monotonic
 from typing import Any
 
@@ -38,7 +39,7 @@ from .._core.machine import PoolMachine, Slot, Waiter
 from .._core.policy import ConnectFailure
 from .._core.states import PoolPhase, SlotState
 from ..config import PoolConfig
-from ..errors import PoolClosed, PoolError, PoolTimeout, TooManyWaiting
+from ..errors import PoolClosed, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
 from ..events import CloseReason
 from .client_state import read_client_state
 from .connection import NOT_LEASED, PooledConnection
@@ -79,6 +80,9 @@ class Runner:
         self.driver = driver
         self.debug = debug
         self.loop = asyncio.get_running_loop()
+        self.thread = get_ident()
+        self.finished: asyncio.Future[None] = self.loop.create_future()  # for what was done when it was called
+        self.finished.set_result(None)
         self.machine = PoolMachine(config, random.random)
         self.watch: DisconnectWatch[Session] = DisconnectWatch(self.loop, self._on_disconnect)
         self.opening: asyncio.Future[None] = self.loop.create_future()
@@ -102,6 +106,16 @@ class Runner:
             OpeningFailed: self._on_opening_failed,
             Closed: self._on_closed,
         }
+
+    def check_loop(self) -> None:
+        """Raise unless the running event loop is the pool's. Where it counts, this is asked only if `thread` is
+        another one or `loop` does not run: a thread runs one loop at a time, and asking for it is slow on 3.11.
+        """
+        if self.loop.is_closed():
+            raise PoolClosed(f"{self.config.name}: the event loop that it was opened in is closed; open it again")
+        if asyncio._get_running_loop() is not self.loop:
+            raise WrongLoop(f"{self.config.name} was opened in another event loop than the one that uses it now")
+        self.thread = get_ident()  # the loop has moved to another thread
 
     def perform(self, effects: Effects) -> None:
         """Carry out what the machine wants."""
@@ -140,14 +154,17 @@ class Runner:
         if effects:
             self.perform(effects)
 
-    def _take_back_changed(
-        self, connection: PooledConnection, session: Session, slot: Slot, now: float
-    ) -> Effects:
+    def _take_back_changed(self, connection: PooledConnection, session: Session, slot: Slot, now: float) -> Effects:
         assert session.baseline is not None
         if session.pgconn.status == BAD:
             return self.machine.discard(slot, CloseReason.DISCONNECTED, now)
         if busy := describe_unfinished(connection):
-            logger.warning("%s: closing a connection that was returned %s (acquired at %s)", self.config.name, busy, session.site)
+            logger.warning(
+                "%s: closing a connection that was returned %s (acquired at %s)",
+                self.config.name,
+                busy,
+                session.site,
+            )
             return self.machine.discard(slot, CloseReason.RETURNED_BUSY, now)
         session.baseline.restore(connection)
         if session.pgconn.transaction_status == IDLE and not (session.used and self.config.reset != "rollback"):
@@ -199,7 +216,7 @@ class Runner:
         site = session.stack or session.site
         self.perform(self.machine.discard(slot, CloseReason.LEASE_LOST, monotonic()))
         warnings.warn(
-            f"{self.config.name}: a connection was dropped without release; its place is free again (acquired at {site})",
+            f"{self.config.name}: a connection was dropped without release, and is closed (acquired at {site})",
             ResourceWarning,
             stacklevel=1,
         )
@@ -287,9 +304,8 @@ class Runner:
         """Let go of everything without waiting, when there is no loop to wait in."""
         self._stop_timers()
         for slot in self.machine.slots():
-            if scope := self._scopes.get(slot):
-                if not self.loop.is_closed():
-                    scope.cancel()
+            if (scope := self._scopes.get(slot)) and not self.loop.is_closed():
+                scope.cancel()
             if isinstance(slot.resource, Session):
                 slot.resource.abandon()
         self.watch.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import weakref
 from collections.abc import Awaitable, Callable
@@ -78,7 +79,7 @@ class Session:
     async def command(self, sql: bytes) -> list[PGresult]:
         """Run SQL by the simple protocol, below psycopg's transactions and caches. Raises the server's error."""
         self.pgconn.send_query(sql)
-        results = await self.reader.run(execute(self.pgconn))
+        results: list[PGresult] = await self.reader.run(execute(self.pgconn))
         for result in results:
             if result.status not in _FINE:
                 raise e.error_from_result(result)
@@ -89,8 +90,9 @@ class Session:
     async def end_statement(self, generator: Any) -> None:
         """Have the server cancel the running statement and read to its end, for at most `cancel_timeout`.
 
-        `generator` is the one that is half-way, None if it has ended and only its stream goes on. Past that the socket is shut down, and the connection is lost. Whoever calls this re-raises the
-        cancellation that he caught; further ones that arrive meanwhile change nothing, as the time is bounded.
+        `generator` is the one that is half-way, None if it has ended and only its stream goes on. Past the time
+        the socket is shut down, and the connection is lost. Whoever calls this re-raises the cancellation that he
+        caught; further ones that arrive meanwhile change nothing, as the time is bounded.
         """
         with anyio.CancelScope(shield=True):
             deadline = self.reader.loop.time() + self.cancel_timeout
@@ -107,17 +109,13 @@ class Session:
 
     async def request_cancel(self) -> None:
         """Ask the server to cancel what it does for this session. An unreachable server is no error."""
-        try:
+        with contextlib.suppress(e.Error):  # the deadline of the statement decides
             await waiting.wait_conn_async(_cancel(self.pgconn), interval=1.0, timeout=self.cancel_timeout)
-        except e.Error:
-            pass  # the deadline of the statement decides
 
     async def _drop_results(self, deadline: float) -> None:
         """Read what a stream has left: psycopg fetches it result by result, and a cancellation stops that."""
         while (
-            self.pgconn.status != BAD
-            and self.pgconn.transaction_status == ACTIVE
-            and not self.pgconn.pipeline_status
+            self.pgconn.status != BAD and self.pgconn.transaction_status == ACTIVE and not self.pgconn.pipeline_status
         ):
             future = asyncio.ensure_future(self.reader.run(fetch(self.pgconn)))
             if not await self._await_until(future, deadline):
@@ -211,7 +209,9 @@ async def linger(sock: socket.socket, timeout: float) -> bool:
     return ended.done() and not ended.cancelled()
 
 
-async def call_user(callback: Callable[[Any], Awaitable[object]], connection: AsyncConnection[Any], timeout: float) -> None:
+async def call_user(
+    callback: Callable[[Any], Awaitable[object]], connection: AsyncConnection[Any], timeout: float
+) -> None:
     """Run `configure`, `check`, `setup` or `reset` on a connection. Raises what it raises, or TimeoutError.
 
     A transaction that it leaves open is an error as well: the next user would inherit it.

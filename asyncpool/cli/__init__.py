@@ -15,9 +15,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments`, by default the process's, name. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="asyncpool", description="A PostgreSQL connection pool for asyncio."
-    )
+    parser = argparse.ArgumentParser(prog="asyncpool", description="A PostgreSQL connection pool for asyncio.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo.add_command(commands)
     parsed = parser.parse_args(arguments)

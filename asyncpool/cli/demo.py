@@ -40,16 +40,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "demo", help="see the pool carry a workload on a real PostgreSQL", description=DESCRIPTION
     )
-    parser.add_argument("--devices", type=_positive, default=200, metavar="N", help="senders (default: 200)")
-    parser.add_argument(
-        "--payloads", type=_positive, default=4000, metavar="N", help="of all of them (default: 4000)"
-    )
-    parser.add_argument(
-        "--min-size", type=_not_negative, default=2, metavar="N", help="the pool's (default: 2)"
-    )
-    parser.add_argument(
-        "--max-size", type=_positive, default=10, metavar="N", help="the pool's (default: 10)"
-    )
+    for name, kind, default, meaning in (
+        ("--devices", _positive, 200, "how many send at the same time"),
+        ("--payloads", _positive, 4000, "how many they send, all together"),
+        ("--min-size", _not_negative, 2, "connections that the pool keeps"),
+        ("--max-size", _positive, 10, "connections that the pool may open"),
+    ):
+        parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{meaning} (default: {default})")
     parser.add_argument(
         "--url",
         default=os.environ.get("DATABASE_URL") or None,
@@ -91,15 +88,18 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     workload = Workload(options.devices, options.payloads)
-    with display(as_json=options.json) as shown, _conninfo(options.url, shown) as conninfo:
-        with Readings(conninfo) as readings:
-            target = Target(conninfo, readings, options.min_size, options.max_size)
-            shown.say(
-                f"PostgreSQL {readings.server_version}: {workload.payloads:,} payloads of {workload.devices:,}"
-                f" devices; a pool of {target.min_size} to {target.max_size}"
-            )
-            results = asyncio.run(run_rounds(target, workload, shown))
-            version = readings.server_version
+    with (
+        display(as_json=options.json) as shown,
+        _conninfo(options.url, shown) as conninfo,
+        Readings(conninfo) as readings,
+    ):
+        version = readings.server_version
+        shown.say(
+            f"PostgreSQL {version}: {workload.payloads:,} payloads of {workload.devices:,} devices;"
+            f" a pool of {options.min_size} to {options.max_size}"
+        )
+        target = Target(conninfo, readings, options.min_size, options.max_size)
+        results = asyncio.run(run_rounds(target, workload, shown))
     if options.json:
         print(
             report.as_json(

@@ -42,9 +42,9 @@ def summary(result: RoundResult) -> str:
     if result.tally.refused:
         parts.append(f"{result.tally.refused} times turned away by the server")
     if result.terminated:
-        parts.append(
-            f"{result.terminated} sessions ended half-way, {result.tally.sent_again} payloads sent again"
-        )
+        parts.append(f"{result.terminated} sessions ended half-way")
+    if result.tally.sent_again:
+        parts.append(f"{result.tally.sent_again} payloads sent again")
     return ", ".join(parts)
 
 

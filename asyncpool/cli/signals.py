@@ -25,7 +25,7 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt, which asyncio turns into a cancellation of its main task.
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt; asyncio makes a cancellation of its main task of it.
 
     SIGINT does so even if it came in ignored, as in a script's background job.
     """
@@ -36,7 +36,7 @@ def interruptible() -> Iterator[Interruption]:
         signal.raise_signal(signal.SIGINT)
 
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {number: signal.signal(number, handlers[number]) for number in handlers}
     try:
         yield interruption
     finally:
