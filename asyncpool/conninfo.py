@@ -83,12 +83,18 @@ _QUOTED = re.compile(
     r"""" ([^"]*) " | (?<!\w)' ([^'\n]*) '(?!\w) | « ([^»]*) » | » ([^«]*) « | [„“] ([^“”]*) [“”]""",
     re.VERBOSE,
 )
-_ANY_QUOTE = "\"'«»„“”‚‘’「」『』"
 
-# libpq's `missing "=" after "…"` and `matching "]" in … : "…"`: the first token is libpq's own.
+# A token begins at the first quote and may hold quotes itself. Some sentences have one of libpq's own before it.
 _DROPPED = re.compile(
-    rf"""\A(?P<before>(?:[^{_ANY_QUOTE}]*"[=\]]")?[^{_ANY_QUOTE}]*)[{_ANY_QUOTE}].*[{_ANY_QUOTE}]""",
-    re.DOTALL,
+    r"""
+    \A (?P<before>
+        (?: missing\ "=" | (?:missing|extra)\ key/value\ separator\ "=" | end\ of\ string\ reached\ when
+            \ looking\ for\ matching\ "\]" )?
+        [^"'«»„“”‚‘’「」『』]*
+    )
+    ["'«»„“”‚‘’「」『』] .* ["'«»„“”‚‘’「」『』]
+    """,
+    re.DOTALL | re.VERBOSE,
 )
 
 _PORT = re.compile(r"\s*\+?[0-9]{1,9}\s*", re.ASCII)
@@ -141,7 +147,6 @@ def _merge(conninfo: str, overrides: Mapping[str, object]) -> tuple[str, ConnDic
 
 
 def _drop_quoted(message: str) -> str:
-    # From the first quote to the last: a quote within a quoted token would end it too early.
     return _DROPPED.sub(lambda match: f'{match["before"]}"{MASK}"', message.strip())
 
 

@@ -19,10 +19,10 @@ from psycopg.rows import AsyncRowFactory, TupleRow
 
 from ._core.states import PoolPhase, SlotState
 from ._io.acquisition import DEFAULT, Acquisition, Default
-from ._io.connection import NOT_LEASED, PooledConnection
+from ._io.connection import PooledConnection
 from ._io.driver import Conninfo, Driver, check_event_loop
 from ._io.runner import Runner, logger
-from ._io.session import Session
+from ._io.session import NOT_LEASED, POOLS_OWN, Session
 from .config import (
     OPTION_NAMES,
     PoolConfig,
@@ -35,6 +35,9 @@ from .config import (
 from .conninfo import CONNECT_OPTIONS, check_option_names
 from .errors import PoolClosed, PoolError, PoolTimeout
 from .events import Holder, PoolStats
+
+_NOT_A_LEASE = (NOT_LEASED, POOLS_OWN)
+_getframe = sys._getframe
 
 C = TypeVar("C", bound=AsyncConnection[Any])
 Row = TypeVar("Row")
@@ -241,7 +244,7 @@ class Pool(Generic[C]):
         runner = self._runner
         if runner is None:
             raise self._not_open()
-        frame = sys._getframe(1)
+        frame = _getframe(1)
         return Acquisition(runner, timeout, frame.f_code, frame.f_lasti)
 
     def release(self, connection: C) -> Awaitable[None]:
@@ -251,15 +254,16 @@ class Pool(Generic[C]):
         can come in between. Raises PoolError for a connection that was released already or is not the pool's,
         WrongLoop outside the pool's event loop; neither changes anything.
         """
-        pooled = cast(PooledConnection, connection)
-        runner: Runner = getattr(connection, "_pool", None)  # type: ignore[assignment]  # checked next
-        if runner.__class__ is not Runner or runner.config is not self._config:
-            raise PoolError(f"{self.name}: this connection is not of this pool")
+        runner = getattr(connection, "_pool", None)
+        if runner is not self._runner or runner is None:
+            runner = self._former_runner(connection)
         if get_ident() != runner.thread or not runner.loop.is_running():
             runner.check_loop()
-        if pooled._lease <= NOT_LEASED:
+        pooled = cast(PooledConnection, connection)
+        if pooled._session.lease in _NOT_A_LEASE:
             raise PoolError(f"{self.name}: this connection was released already")
-        runner.end_lease(pooled, pooled._session)
+        if not runner.give_back_clean(pooled):
+            runner.end_lease(pooled)
         return runner.finished
 
     @asynccontextmanager
@@ -341,6 +345,13 @@ class Pool(Generic[C]):
             raise self._not_open()
         runner.check_loop()
         return runner
+
+    def _former_runner(self, connection: C) -> Runner:
+        """The runner of a connection that was acquired before the pool was closed and opened again."""
+        runner = getattr(connection, "_pool", None)
+        if isinstance(runner, Runner) and runner.config is self._config:
+            return runner
+        raise PoolError(f"{self.name}: this connection is not of this pool")
 
     def _not_open(self) -> PoolClosed:
         return PoolClosed(f"{self.name} is not open: use `async with Pool(...) as pool`, or `await pool.open()`")

@@ -382,23 +382,28 @@ class PoolMachine:
         if to not in LEGAL_MOVES[state]:
             raise IllegalMove(f"{slot!r} to {to.name}")
         idle = self._idle
-        if state is IDLE and idle[-1] is slot:
+        if state is LEASED:
+            self._leased.remove(slot)
+        elif state is IDLE and idle[-1] is slot:
             idle.pop()
         else:
             self._members[state].remove(slot)
         slot.state = to
-        if to is IDLE:
-            if not idle or idle[-1].idle_since <= slot.idle_since:
-                idle.append(slot)
-            else:
-                insort(idle, slot, key=_idle_since)
-        elif to is LEASED:
+        if to is LEASED:
             self._leased.add(slot)
-        elif to is GONE:
+        elif to is not IDLE:
+            self._admit(slot, to)
+        elif not idle or idle[-1].idle_since <= slot.idle_since:
+            idle.append(slot)
+        else:
+            insort(idle, slot, key=_idle_since)
+
+    def _admit(self, slot: Slot, state: SlotState) -> None:
+        if state is GONE:
             self._slots.remove(slot)
             self.uses_of_gone += slot.uses
         else:
-            self._members[to].add(slot)  # type: ignore[union-attr]  # only IDLE's is a list
+            self._members[state].add(slot)  # type: ignore[union-attr]  # only IDLE's is a list
 
     def _enter(self, phase: PoolPhase) -> None:
         """The one place where the pool changes its phase."""

@@ -15,8 +15,9 @@ from .._core.policy import NEVER
 from ..config import check_timeout
 from ..errors import PoolError
 from .connection import PooledConnection
+from .reader import BAD
 from .runner import WATCH_STALENESS, FutureWaiter, Runner, describe_unfinished
-from .session import BAD, IDLE, Session
+from .session import IDLE, Session
 
 C = TypeVar("C", bound=AsyncConnection[Any])
 
@@ -58,16 +59,13 @@ class Acquisition(Generic[C]):
         if slot is None:
             slot = yield from self._wait(now)
         session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
-        session.used = session.in_transaction = False
         session.site_code = self._code
         session.site_offset = self._offset
-        connection = session.connection
-        if runner.debug:
-            connection = runner.begin_debug(session)
+        connection: Any = session.connection if runner.plain else runner.renew_for_debug(session)
         session.connection = None
-        connection._lease = self._lease = slot.uses
+        session.lease = self._lease = slot.uses
         self._connection = connection
-        if runner.config.setup is not None:
+        if not runner.plain:
             yield from self._set_up(connection).__await__()
         return connection  # type: ignore[no-any-return]  # of the class that the pool was given
 
@@ -91,13 +89,15 @@ class Acquisition(Generic[C]):
 
     async def _set_up(self, connection: PooledConnection) -> None:
         runner = self._runner
+        if runner.config.setup is None:
+            return
         try:
             await runner.driver.set_up_lease(connection)
         except Exception:
             runner.reject_lease(connection)
             raise
         except BaseException:
-            runner.end_lease(connection, connection._session, after_block=True)
+            runner.end_lease(connection, after_block=True)
             raise
 
     def __aenter__(self) -> Awaitable[C]:
@@ -106,14 +106,14 @@ class Acquisition(Generic[C]):
     def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> Awaitable[None]:
+        runner = self._runner
         connection: PooledConnection = self._connection
-        if connection._lease != self._lease:
-            return self._runner.finished  # given back inside the block, by close() or release()
-        session = connection._session
-        if exc_type is not None or (session.pgconn.transaction_status == _IDLE and not describe_unfinished(connection)):
-            self._runner.end_lease(connection, session, after_block=True)
-            return self._runner.finished
-        return self._finish(connection, session)
+        if connection._session.lease != self._lease or runner.give_back_clean(connection):
+            return runner.finished  # the first: it was given back inside the block
+        if exc_type is not None:
+            runner.end_lease(connection, after_block=True)
+            return runner.finished
+        return self._finish(connection, connection._session)
 
     async def _finish(self, connection: PooledConnection, session: Session) -> None:
         """Commit what the block has done, or say why that is impossible. The lease ends in either case."""
@@ -137,5 +137,5 @@ class Acquisition(Generic[C]):
             elif status == INTRANS:
                 await connection.commit()
         finally:
-            if connection._lease == self._lease:
-                self._runner.end_lease(connection, session, after_block=True)
+            if session.lease == self._lease:
+                self._runner.end_lease(connection, after_block=True)

@@ -7,7 +7,9 @@ from operator import attrgetter
 from typing import Any
 
 from psycopg import AsyncConnection
+from psycopg.abc import Dumper, Loader
 from psycopg.adapt import AdaptersMap
+from psycopg.types import TypeInfo, TypesRegistry
 
 # psycopg's attributes behind autocommit, isolation_level and so on, which have no setters on async connections.
 _SETTINGS = (
@@ -38,6 +40,34 @@ read_client_state = attrgetter(
     "_tpc",
     "_pipeline",
 )
+
+
+class TouchingAdaptersMap(AdaptersMap):
+    """A connection's own adapters, that tell its session when somebody registers something."""
+
+    def __init__(self, template: AdaptersMap, connection: AsyncConnection[Any]) -> None:
+        super().__init__(template)
+        self._session = connection._session  # type: ignore[attr-defined]  # a PooledConnection
+        self.types = TouchingTypesRegistry(template.types)
+        self.types.session = self._session
+
+    def register_dumper(self, cls: type | str | None, dumper: type[Dumper]) -> None:
+        self._session.touched = True
+        super().register_dumper(cls, dumper)
+
+    def register_loader(self, oid: int | str, loader: type[Loader]) -> None:
+        self._session.touched = True
+        super().register_loader(oid, loader)
+
+
+class TouchingTypesRegistry(TypesRegistry):
+    """The same for its types."""
+
+    session: Any
+
+    def add(self, info: TypeInfo) -> None:
+        self.session.touched = True
+        super().add(info)
 
 
 class Baseline:
@@ -77,4 +107,4 @@ class Baseline:
         connection._notice_handlers = list(self._notice_handlers)
         connection._notify_handlers = list(self._notify_handlers)
         connection._notifies_backlog = deque()
-        connection._adapters = AdaptersMap(self._adapters)
+        connection._adapters = TouchingAdaptersMap(self._adapters, connection)

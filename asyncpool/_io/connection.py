@@ -7,29 +7,36 @@ import copy
 import weakref
 from functools import partial
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anyio
 from psycopg import AsyncConnection, BaseConnection
 from psycopg import errors as e
+from psycopg._connection_base import NoticeHandler, NotifyHandler
 from psycopg.abc import PQGen
 
 from ..errors import PoolError, WrongLoop
-from .reader import MAX_BUSY_TIME
-from .session import ACTIVE, BAD, IDLE, Session
+from .reader import BAD, MAX_BUSY_TIME
+from .session import ACTIVE, IDLE, NOT_LEASED, Session
 
 RV = TypeVar("RV")
 
-# Values of `_lease` that are no number of a lease.
-NOT_LEASED = 0
-POOLS_OWN = -1
+
+class _Retired:
+    """In place of a session, for a connection object that has none yet, or none any more."""
+
+    lease = NOT_LEASED
+    touched = False
 
 
 class PooledConnection(AsyncConnection[Any]):
     """Comes before a connection class in the bases of `pooled_class`, to take over its waits and its close()."""
 
-    _session: Session
-    _lease: int = NOT_LEASED
+    _session: Session = cast(Session, _Retired())
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        self._session.touched = True
 
     async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         """Drive a generator of psycopg, which does all I/O of a connection through this method.
@@ -37,9 +44,10 @@ class PooledConnection(AsyncConnection[Any]):
         A cancellation ends the statement on the server and keeps the connection, within `cancel_timeout`; it is
         then re-raised. `interval` is psycopg's and not needed here. Raises PoolError after the release.
         """
-        if self._lease == NOT_LEASED:
-            raise PoolError("this connection was released to its pool: acquire() one in place of keeping it")
         session = self._session
+        if session.lease == NOT_LEASED:
+            raise PoolError("this connection was released to its pool: acquire() one in place of keeping it")
+        session.touched = True
         reader = session.reader
         if asyncio.get_running_loop() is not reader.loop:
             raise WrongLoop("this connection belongs to a pool that was opened in another event loop")
@@ -51,7 +59,6 @@ class PooledConnection(AsyncConnection[Any]):
                 reader.yielded_at = monotonic()
             result: RV = done.value
             return result
-        session.used = True
         future = reader.drive(gen, state)
         timer = reader.loop.call_later(timeout, reader.expire) if timeout is not None else None
         try:
@@ -77,11 +84,11 @@ class PooledConnection(AsyncConnection[Any]):
         session = self._session
         with anyio.CancelScope(shield=True):
             await session.request_cancel()
-        lease = self._lease
+        lease = session.lease
         ending = session.reader.answered_at
 
         def give_up() -> None:
-            still = self._lease == lease and self.pgconn.status != BAD and session.reader.answered_at == ending
+            still = session.lease == lease and self.pgconn.status != BAD and session.reader.answered_at == ending
             if still and self.pgconn.transaction_status == ACTIVE:
                 session.sever()
 
@@ -92,12 +99,31 @@ class PooledConnection(AsyncConnection[Any]):
 
         Like psycopg's, it may be called any number of times.
         """
-        if self._lease > NOT_LEASED:
+        if self._session.lease > NOT_LEASED:
             await self._pool.putconn(self)  # type: ignore[union-attr]  # set for as long as it is leased
+
+    # What changes these lists and maps does not set an attribute.
+
+    def add_notice_handler(self, callback: NoticeHandler) -> None:
+        self._session.touched = True
+        super().add_notice_handler(callback)
+
+    def remove_notice_handler(self, callback: NoticeHandler) -> None:
+        self._session.touched = True
+        super().remove_notice_handler(callback)
+
+    def add_notify_handler(self, callback: NotifyHandler) -> None:
+        self._session.touched = True
+        super().add_notify_handler(callback)
+
+    def remove_notify_handler(self, callback: NotifyHandler) -> None:
+        self._session.touched = True
+        super().remove_notify_handler(callback)
 
     def _renewed(self) -> PooledConnection:
         """An object of its own for the next lease of the same session, so that this one is useless for ever."""
         other = copy.copy(self)
+        self._session = cast(Session, _Retired())
         pgconn = other.pgconn
         wself: weakref.ref[BaseConnection[Any]] = weakref.ref(other)
         pgconn.notice_handler = partial(BaseConnection._notice_handler, wself)

@@ -24,10 +24,10 @@ from ..config import PoolConfig
 from ..conninfo import PSYCOPG_OPTIONS, Redactor, needs_lookup, parse
 from ..events import CloseReason
 from .client_state import Baseline
-from .connection import NOT_LEASED, POOLS_OWN, PooledConnection, pooled_class
+from .connection import PooledConnection, pooled_class
 from .libpq import set_verbose_errors, split_sqlstate
-from .reader import duplicate
-from .session import BAD, IDLE, Session, call_user, linger
+from .reader import BAD, duplicate, socket_of
+from .session import IDLE, NOT_LEASED, POOLS_OWN, Session, call_user, linger
 from .watch import peer_has_closed
 
 T = TypeVar("T")
@@ -191,7 +191,8 @@ class Driver:
 
     async def _give_up(self, pgconn: PGconn) -> None:
         """Close a half-open connection, and wait until the server counts no session for it."""
-        sock = duplicate(pgconn.socket) if pgconn.socket >= 0 else None
+        fd = socket_of(pgconn)
+        sock = duplicate(fd) if fd is not None else None
         pgconn.finish()
         if sock is not None:
             with anyio.CancelScope(shield=True):
@@ -225,7 +226,8 @@ class Driver:
 
     async def check(self, session: Session) -> None:
         """Ask whether the connection works. Raises Unusable."""
-        if session.pgconn.status == BAD or peer_has_closed(session.pgconn.socket):
+        fd = socket_of(session.pgconn)
+        if fd is None or session.pgconn.status == BAD or peer_has_closed(fd):
             raise Unusable(CloseReason.DISCONNECTED, "the server has closed the connection")
         try:
             if self._config.check is None:
@@ -278,11 +280,11 @@ class Driver:
 
     async def _call(self, callback: Callable[[Any], Awaitable[object]], session: Session) -> None:
         """Lend an unleased connection to a callable of the user."""
-        session.connection._lease = POOLS_OWN
+        session.lease = POOLS_OWN
         try:
             await call_user(callback, session.connection, self._config.check_timeout)
         finally:
-            session.connection._lease = NOT_LEASED
+            session.lease = NOT_LEASED
 
 
 _NOT_LIBPQ = PSYCOPG_OPTIONS | {"connection_class"}

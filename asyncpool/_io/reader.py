@@ -10,16 +10,19 @@ import asyncio
 import contextlib
 import select
 import socket
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, TypeVar
 
-from psycopg import OperationalError
+from psycopg import OperationalError, pq
 from psycopg import errors as e
 from psycopg.abc import PQGen
+from psycopg.pq.abc import PGconn
 from psycopg.waiting import Ready, Wait
 
 RV = TypeVar("RV")
 
+BAD = pq.ConnStatus.BAD
 READ = int(Wait.R)
 WRITE = int(Wait.W)
 _READY_R = Ready.R
@@ -36,18 +39,22 @@ class Reader:
     __slots__ = (
         "_future",
         "_generator",
+        "_pgconn",
         "_reading",
         "_state",
         "_writing",
         "answered_at",
         "fd",
         "loop",
+        "on_lost",
         "yielded_at",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, pgconn: PGconn) -> None:
         self.loop = loop
-        self.fd = fd
+        self.fd = pgconn.socket
+        self.on_lost: Callable[[], None] | None = None  # called when libpq has closed the socket by itself
+        self._pgconn = pgconn
         self.answered_at = monotonic()  # when the server was last heard
         self.yielded_at = 0.0  # when the event loop last had control
         self._future: asyncio.Future[Any] | None = None
@@ -96,6 +103,7 @@ class Reader:
     def stop(self) -> None:
         """Take the socket out of the event loop, before its descriptor is closed; end a wait with an error."""
         self._stop_reading()
+        self.on_lost = None
         future = self._future
         self._end()
         if future is not None and not future.done():
@@ -150,6 +158,13 @@ class Reader:
         self._generator = None
         if self._writing:
             self._set_writing(False)
+        if self._pgconn.status == BAD:
+            # libpq closes the socket when it finds it dead. The number may be another socket's in a moment, which
+            # the event loop would take for the old one.
+            self._stop_reading()
+            if self.on_lost is not None:
+                self.on_lost()
+                self.on_lost = None
 
     def _on_readable(self) -> None:
         future = self._future
@@ -206,6 +221,14 @@ else:
         """Which of READ and WRITE in `state` the socket is ready for, now."""
         readable, writable, _ = select.select([fd] if state & READ else [], [fd] if state & WRITE else [], [], 0)
         return Ready((_READY_R if readable else 0) | (_READY_W if writable else 0))
+
+
+def socket_of(pgconn: PGconn) -> int | None:
+    """The descriptor of a connection's socket; None when libpq has closed it."""
+    try:
+        return pgconn.socket
+    except OperationalError:
+        return None
 
 
 def shut_down(fd: int) -> None:

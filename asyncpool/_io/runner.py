@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from threading import get_ident
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from psycopg import pq
@@ -42,9 +42,10 @@ from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
 from ..events import CloseReason
 from .client_state import read_client_state
-from .connection import NOT_LEASED, PooledConnection
+from .connection import PooledConnection
 from .driver import ConnectFailed, Driver, Unusable
-from .session import ACTIVE, BAD, IDLE, Session
+from .reader import BAD
+from .session import ACTIVE, IDLE, NOT_LEASED, SEVERED, Session
 from .watch import DisconnectWatch
 
 logger = logging.getLogger("asyncpool")
@@ -54,7 +55,6 @@ logger = logging.getLogger("asyncpool")
 WATCH_STALENESS = 0.001
 
 LEASED = SlotState.LEASED
-_IDLE = int(IDLE)
 _TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 
 
@@ -94,6 +94,8 @@ class Runner:
         self._timer: asyncio.TimerHandle | None = None
         self._held_timer: asyncio.TimerHandle | None = None
         self._warned_in_transaction = False
+        self._reset_needed = config.reset != "rollback"
+        self.plain = not debug and config.setup is None  # a lease is ready when its connection is there
         self._perform: dict[type, Callable[[Any], None]] = {
             Connect: lambda effect: self._start(effect.slot, "connect", self._connect(effect.slot)),
             Check: lambda effect: self._start(effect.slot, "check", self._check(effect.slot)),
@@ -124,35 +126,54 @@ class Runner:
 
     # --- leases ---------------------------------------------------------------------------------------------
 
-    def end_lease(self, connection: PooledConnection, session: Session, *, after_block: bool = False) -> None:
+    def give_back_clean(self, connection: PooledConnection) -> bool:
+        """End a lease whose connection can go to the next user as it is; False, and nothing done, if it cannot."""
+        session = connection._session
+        if session.touched and not self._is_clean(connection, session):
+            return False
+        session.lease = NOT_LEASED
+        session.connection = connection
+        now = monotonic()
+        if session.held_warned:
+            self._note_returned(session, now)
+        effects = self.machine.give_back(cast(Slot, session.slot), session.reader.answered_at, now)
+        if effects:
+            self.perform(effects)
+        return True
+
+    def _is_clean(self, connection: PooledConnection, session: Session) -> bool:
+        assert session.baseline is not None
+        if (
+            self._reset_needed
+            or session.pgconn.transaction_status != IDLE
+            or session.lease == SEVERED
+            or connection.lock.locked()
+            or read_client_state(connection) != session.baseline.state
+        ):
+            return False
+        session.touched = session.in_transaction = False
+        return True
+
+    def end_lease(self, connection: PooledConnection, *, after_block: bool = False) -> None:
         """Take a connection back, in whatever condition it is. Acts at once; what takes time follows behind.
 
         `after_block`: at the end of an `async with`, where a transaction left open needs no warning.
         """
-        connection._lease = NOT_LEASED
+        if self.give_back_clean(connection):
+            return
+        session = connection._session
+        severed = session.lease == SEVERED
+        session.lease = NOT_LEASED
+        if severed:
+            return  # by close(), which sees to the rest
         session.connection = connection
-        slot = session.slot
-        assert slot is not None
-        if slot.state is not LEASED:
-            return  # severed by close() meanwhile
-        assert session.baseline is not None
         now = monotonic()
-        machine = self.machine
         if session.held_warned:
             self._note_returned(session, now)
-        if (
-            session.pgconn.transaction_status == _IDLE
-            and read_client_state(connection) == session.baseline.state
-            and not connection.lock.locked()
-            and not (session.used and self.config.reset != "rollback")
-        ):
-            effects = machine.give_back(slot, session.reader.answered_at, now)
-        else:
-            if session.pgconn.transaction_status in _TRANSACTION and not after_block:
-                self._warn_in_transaction(session)
-            effects = self._take_back_changed(connection, session, slot, now)
-        if effects:
-            self.perform(effects)
+        if session.pgconn.transaction_status in _TRANSACTION and not after_block:
+            self._warn_in_transaction(session)
+        self.perform(self._take_back_changed(connection, session, cast(Slot, session.slot), now))
+        session.touched = session.in_transaction = False
 
     def _take_back_changed(self, connection: PooledConnection, session: Session, slot: Slot, now: float) -> Effects:
         assert session.baseline is not None
@@ -167,7 +188,7 @@ class Runner:
             )
             return self.machine.discard(slot, CloseReason.RETURNED_BUSY, now)
         session.baseline.restore(connection)
-        if session.pgconn.transaction_status == IDLE and not (session.used and self.config.reset != "rollback"):
+        if session.pgconn.transaction_status == IDLE and not self._reset_needed:
             return self.machine.give_back(slot, session.reader.answered_at, now)
         return self.machine.recycle(slot, now)
 
@@ -184,16 +205,16 @@ class Runner:
 
     async def putconn(self, connection: PooledConnection) -> None:
         """What psycopg calls when the user closes a leased connection."""
-        self.end_lease(connection, connection._session)
+        self.end_lease(connection)
 
     def reject_lease(self, connection: PooledConnection) -> None:
         """`setup` has raised: close the connection."""
         session = connection._session
-        connection._lease = NOT_LEASED
-        session.connection = connection
-        assert session.slot is not None
-        if session.slot.state is LEASED:
-            self.perform(self.machine.discard(session.slot, CloseReason.SETUP_FAILED, monotonic()))
+        severed = session.lease == SEVERED
+        session.lease = NOT_LEASED
+        if not severed:
+            session.connection = connection
+            self.perform(self.machine.discard(cast(Slot, session.slot), CloseReason.SETUP_FAILED, monotonic()))
 
     def adopt(self, session: Session) -> None:
         """Notice when the session's connection object is collected while it is leased."""
@@ -221,11 +242,12 @@ class Runner:
             stacklevel=1,
         )
 
-    def begin_debug(self, session: Session) -> PooledConnection:
-        """With `debug`: the acquire's full stack, and a connection object that no later lease will share."""
-        session.stack = "".join(traceback.format_stack()[:-2])
-        session.connection = session.connection._renewed()
-        self.adopt(session)
+    def renew_for_debug(self, session: Session) -> PooledConnection:
+        """With `debug`: keep the acquire's full stack, and take a connection object that no other lease shares."""
+        if self.debug:
+            session.stack = "".join(traceback.format_stack()[:-2])
+            session.connection = session.connection._renewed()
+            self.adopt(session)
         connection: PooledConnection = session.connection
         return connection
 
@@ -286,6 +308,8 @@ class Runner:
         """End the leases that keep the pool from closing."""
         for slot in self.machine.leases():
             assert isinstance(slot.resource, Session)
+            slot.resource.lease = SEVERED
+            slot.resource.touched = True
             slot.resource.sever()
         self.perform(self.machine.sever(monotonic()))
 
@@ -433,6 +457,8 @@ class Runner:
         session.slot = slot
         session.connection._pool = self
         self.adopt(session)
+        session.touched = False
+        session.reader.on_lost = partial(self.watch.unregister, session.reader.fd, session)
         self.watch.register(session.reader.fd, session)
         self.perform(self.machine.connected(slot, monotonic()))
         if self.last_connect_error is not None:
@@ -475,6 +501,7 @@ class Runner:
                     self.perform(failed(slot, CloseReason.CHECK_FAILED, monotonic()))
                 raise
             else:
+                session.touched = False
                 self.perform(passed(slot, monotonic()))
             finally:
                 self._scopes.pop(slot, None)
@@ -486,11 +513,11 @@ class Runner:
                 await asyncio.wait((running,))  # it was told to stop, and its own deadlines bound it
             session = slot.resource
             if isinstance(session, Session):
-                self.watch.unregister(session.reader.fd)
+                self.watch.unregister(session.reader.fd, session)
                 self.driver.abandoned += not await session.close(self.config.check_timeout)
         except asyncio.CancelledError:
             if isinstance(slot.resource, Session):
-                self.watch.unregister(slot.resource.reader.fd)
+                self.watch.unregister(slot.resource.reader.fd, slot.resource)
                 slot.resource.abandon()
             self.driver.abandoned += 1
             raise

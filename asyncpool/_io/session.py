@@ -18,7 +18,7 @@ from psycopg.generators import cancel, execute, fetch
 from psycopg.pq.abc import PGconn, PGresult
 
 from .client_state import Baseline
-from .reader import Reader, duplicate, shut_down
+from .reader import BAD, Reader, duplicate, shut_down, socket_of
 from .site import describe_site
 
 if TYPE_CHECKING:
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 ACTIVE = pq.TransactionStatus.ACTIVE
 IDLE = pq.TransactionStatus.IDLE
-BAD = pq.ConnStatus.BAD
+
+# Values of `Session.lease` that are no number of a lease.
+NOT_LEASED = 0
+POOLS_OWN = -1
+SEVERED = -2
 
 _COPY = frozenset({pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH})
 _FINE = frozenset({pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY})
@@ -46,6 +50,7 @@ class Session:
         "connection",
         "held_warned",
         "in_transaction",
+        "lease",
         "pgconn",
         "reader",
         "reference",
@@ -53,18 +58,19 @@ class Session:
         "site_offset",
         "slot",
         "stack",
-        "used",
+        "touched",
     )
 
     def __init__(self, pgconn: PGconn, loop: asyncio.AbstractEventLoop, cancel_timeout: float) -> None:
         self.pgconn = pgconn
-        self.reader = Reader(loop, pgconn.socket)
+        self.reader = Reader(loop, pgconn)
         self.cancel_timeout = cancel_timeout
         self.connection: Any = None
         self.reference: weakref.ref[Any] | None = None
         self.baseline: Baseline | None = None
         self.slot: Slot | None = None
-        self.used = False  # whether the server was asked for anything in the current lease
+        self.lease = NOT_LEASED  # the number of the current lease
+        self.touched = False  # whether anything may have changed in the current lease, on the server or here
         self.in_transaction = False  # whether losing the connection now would lose work
         self.site_code: CodeType | None = None
         self.site_offset = 0
@@ -142,14 +148,15 @@ class Session:
 
     def sever(self) -> None:
         """Shut the socket down: whoever waits on this session gets an error at once."""
-        if self.pgconn.status != BAD:
-            shut_down(self.pgconn.socket)
+        if (fd := socket_of(self.pgconn)) is not None:
+            shut_down(fd)
 
     async def close(self, timeout: float) -> bool:
         """End the session and wait until the server has. False if it has not within `timeout` seconds."""
         self.reader.stop()
         self.reference = None
-        if self.pgconn.status == BAD or self.pgconn.socket < 0:
+        fd = socket_of(self.pgconn)
+        if self.pgconn.status == BAD or fd is None:
             self.pgconn.finish()
             return True
         loop = self.reader.loop
@@ -157,7 +164,7 @@ class Session:
         if self.pgconn.transaction_status == ACTIVE:
             with anyio.move_on_after(timeout):
                 await self.request_cancel()
-        sock = duplicate(self.pgconn.socket)
+        sock = duplicate(fd)
         self.pgconn.finish()
         return await linger(sock, max(0.0, deadline - loop.time()))
 

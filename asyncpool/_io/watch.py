@@ -9,6 +9,7 @@ was duplicated or inherited by a fork keeps a registration alive after its numbe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import sys
@@ -46,10 +47,14 @@ class DisconnectWatch(Generic[T]):
         if self._poller is not None:
             self._poller.register(fd)
 
-    def unregister(self, fd: int) -> None:
-        """Stop watching a socket."""
-        if self._items.pop(fd, None) is not None and self._poller is not None:
-            self._poller.unregister(fd)
+    def unregister(self, fd: int, item: T) -> None:
+        """Stop watching an item's socket. Nothing happens if its number is another item's by now."""
+        if self._items.get(fd) is not item:
+            return
+        del self._items[fd]
+        if self._poller is not None:
+            with contextlib.suppress(OSError):  # closed already, which has ended the watch as well
+                self._poller.unregister(fd)
 
     def poll(self) -> None:
         """See what has come, at once; the event loop does so by itself when it has its turn.

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -208,6 +210,16 @@ class EmbeddedServer:
             keeper.wait(CLOSE_DEADLINE)
         finally:
             keeper.stdout.close()
+
+
+@contextmanager
+def server_at_hand() -> Iterator[str]:
+    """The server of DATABASE_URL, or an embedded one for as long as this is entered: its URL."""
+    if url := os.environ.get("DATABASE_URL"):
+        yield url
+        return
+    with EmbeddedServer() as server:
+        yield server.dsn()
 
 
 def _free_port() -> int:
