@@ -211,14 +211,10 @@ class Redactor:
         plain = _names(given)
         if password := _misread_password(conninfo):
             misread.add(password)
-            # What libpq took for a name begins within the password, and the last one ends behind its "@".
-            secrets |= {
-                name for name in _names(parsed) if "@" in name or (len(name) >= _TELLING_LENGTH and name in password)
-            }
         else:
             plain |= _names(parsed)
         plain -= urls
-        secrets |= misread | {piece for password in misread for piece in _URL_DELIMITERS.split(password)}
+        secrets |= {piece for password in misread for piece in _URL_DELIMITERS.split(password)}
         self._misread = frozenset(urls | _variants(misread))
         self._plain = frozenset(plain)
         self._secrets = frozenset(_variants(secrets) - self._plain - {""})

@@ -283,10 +283,11 @@ class Pool(Generic[C]):
         Raises TypeError or ValueError for impossible sizes.
         """
         check_sizes(min_size, max_size)
-        self._sizes = min_size, max_size
-        if (runner := self._runner) is not None and runner.phase is not PoolPhase.CLOSED:
+        runner = self._runner
+        if runner is not None and runner.phase is not PoolPhase.CLOSED:
             runner.check_loop()
             runner.perform(runner.machine.resize(min_size, max_size, monotonic()))
+        self._sizes = min_size, max_size
 
     def drain(self) -> None:
         """Replace every connection: idle ones at once, leased ones when given back. Raises PoolClosed."""

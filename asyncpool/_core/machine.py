@@ -181,7 +181,7 @@ class PoolMachine:
             return (Refuse(waiter, Refusal.CLOSED),)
         max_waiting = self._config.max_waiting
         if max_waiting is not None and len(self._waiters) >= max_waiting:
-            return (Refuse(waiter, Refusal.TOO_MANY_WAITING),)
+            return self._turn_away(waiter, now)
         self._waiters[waiter] = None
         deadline = waiter.deadline
         if deadline != NEVER:
@@ -194,6 +194,15 @@ class PoolMachine:
             return (WakeAt(deadline),)
         return NO_EFFECTS
 
+    def _turn_away(self, waiter: Waiter, now: float) -> Effects:
+        """The queue is full: refuse, but grow as for a waiter, so that a later caller finds a connection."""
+        self._waiters[waiter] = None
+        effects = self._settle(now)
+        if waiter.slot is not None:
+            return effects
+        self._waiters.pop(waiter, None)
+        return [*effects, Refuse(waiter, Refusal.TOO_MANY_WAITING)]
+
     def withdraw(self, waiter: Waiter, now: float) -> Effects:
         """The caller is gone: take it out of the queue; what it was granted already goes to the next one."""
         slot = waiter.slot
@@ -201,28 +210,32 @@ class PoolMachine:
             self._waiters.pop(waiter, None)
             self._compact_deadlines()
             return NO_EFFECTS
+        if slot.state is not LEASED:
+            return NO_EFFECTS  # severed meanwhile
         return self.give_back(slot, slot.verified_at, now)
 
     def give_back(self, slot: Slot, answered_at: float, now: float) -> Effects:
         """A lease ends and the connection is clean; the server last answered on it at `answered_at`."""
         if now >= slot.expires_at:
             return self.discard(slot, slot.doom, now)
-        if len(self._slots) > self.max_size:
+        if len(self._slots) > self.max_size and self._excess() > 0:
             return self.discard(slot, CloseReason.SHRUNK, now)
         slot.idle_since = now
         slot.verified_at = answered_at
         fresh_until = answered_at + self._check_interval
         slot.fresh_until = min(slot.expires_at, fresh_until)
-        if self._waiters and now < fresh_until:
+        if self._waiters and now < fresh_until and now < slot.retires_at:
             return (self._hand_over(slot, now),)
         self._move(slot, IDLE)
-        return self._settle(now) if self._waiters else NO_EFFECTS
+        if self._waiters or slot.fresh_until < self._wake_at or slot.retires_at < self._wake_at:
+            return self._settle(now)
+        return NO_EFFECTS
 
     def recycle(self, slot: Slot, now: float) -> Effects:
         """A lease ends and the connection needs a rollback or a reset before anyone else may have it."""
         if now >= slot.expires_at:
             return self.discard(slot, slot.doom, now)
-        if len(self._slots) > self.max_size:
+        if self._excess() > 0:
             return self.discard(slot, CloseReason.SHRUNK, now)
         slot.idle_since = now
         self._move(slot, RECYCLING)
@@ -309,7 +322,7 @@ class PoolMachine:
         self._suspect(slot.generation)
         if slot.state is IDLE:
             self._close(slot, CloseReason.DISCONNECTED)
-        elif slot.state is LEASED:
+        elif slot.state in (LEASED, CHECKING, RECYCLING):
             self._doom(slot, CloseReason.DISCONNECTED)
         return self._settle(now)
 
@@ -324,6 +337,7 @@ class PoolMachine:
         """Start connecting `min_size`. `single_round`: the first failed connect is the answer."""
         self._enter(PoolPhase.OPENING)
         self._single_round = single_round
+        self._wake_at = NEVER
         self._backoff.succeeded()
         self._note_opened()
         return self._settle(now)
@@ -351,9 +365,7 @@ class PoolMachine:
         """Change the bounds. Idle connections in excess close at once, leased ones when given back."""
         self.min_size = min_size
         self.max_size = max_size
-        for slot in [*self._idle, *self._connecting]:
-            if len(self._slots) - len(self._closing) <= max_size:
-                break
+        for slot in list(self._connecting)[: max(0, self._excess() - len(self._idle))]:
             self._close(slot, CloseReason.SHRUNK)
         self._note_opened()
         return self._settle(now)
@@ -435,6 +447,9 @@ class PoolMachine:
     def _usable(self) -> int:
         return len(self._slots) - len(self._closing) - len(self._connecting)
 
+    def _excess(self) -> int:
+        return len(self._slots) - len(self._closing) - self.max_size
+
     def _note_opened(self) -> None:
         if self.phase is PoolPhase.OPENING and self._usable() >= self.min_size:
             self._enter(PoolPhase.OPEN)
@@ -447,6 +462,7 @@ class PoolMachine:
         if self.phase in (PoolPhase.OPENING, PoolPhase.OPEN):
             self._retire(now)
             self._serve(now)
+            self._shrink(now)
             self._check_overdue(now)
             self._grow(now)
             self._refuse_overdue(now)
@@ -458,19 +474,24 @@ class PoolMachine:
         return effects
 
     def _retire(self, now: float) -> None:
-        """Close idle connections that are past their limits."""
+        """Close idle connections that nobody may have any more, and replace those whose time has come."""
         for slot in self._idle[:]:
             if now >= slot.expires_at:
                 self._close(slot, slot.doom)
-        for slot in self._idle[:]:
-            if self._usable() <= self.min_size or now < slot.idle_since + self._max_idle:
-                break
-            self._close(slot, CloseReason.MAX_IDLE)
+        for slot in self._idle[: max(0, self._excess())]:
+            self._close(slot, CloseReason.SHRUNK)
         for slot in self._retiring(now):
             # Its replacement comes first where the size allows; at max_size one at a time makes room.
             full = len(self._slots) >= self.max_size and not (self._closing or self._connecting)
             if self._usable() > self.min_size or (full and not self._backoff.failing):
                 self._close(slot, CloseReason.MAX_LIFETIME)
+
+    def _shrink(self, now: float) -> None:
+        """Close connections above `min_size` that nobody has used for `max_idle`."""
+        for slot in self._idle[:]:
+            if self._usable() <= self.min_size or now < slot.idle_since + self._max_idle:
+                break
+            self._close(slot, CloseReason.MAX_IDLE)
 
     def _retiring(self, now: float) -> list[Slot]:
         return [slot for slot in self._idle if now >= slot.retires_at]
@@ -575,9 +596,6 @@ class PoolMachine:
         if self._idle and self._usable() > self.min_size:
             yield self._idle[0].idle_since + self._max_idle
         if self._leased:
-            # A lease that ends asks for no wake-up of its own, to keep that path short: look again when the
-            # first of them could be due, however soon it comes back.
-            yield now + min(self._max_idle, self._check_interval or NEVER)
-            for slot in self._leased:
-                if slot.retires_at > now:
-                    yield slot.retires_at
+            # A connection that comes back to idle asks for no wake-up on account of `max_idle`, to keep that path
+            # short: look again when the first could be due.
+            yield now + self._max_idle

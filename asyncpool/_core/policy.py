@@ -55,7 +55,8 @@ class Backoff:
 
     def failed(self, failure: ConnectFailure, now: float, draw: float) -> None:
         """Set `not_before`: full jitter over a doubling bound; a fixed share of the outage while refused."""
-        self._failures += 1
+        if now >= self.not_before:  # the failures of connects that ran side by side count once
+            self._failures += 1
         self._outage_began = min(self._outage_began, now)
         if failure is ConnectFailure.REFUSED:
             pause = max(self._initial, PROBE_SHARE * (now - self._outage_began))

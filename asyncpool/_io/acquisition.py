@@ -13,10 +13,10 @@ from psycopg import AsyncConnection, pq
 from .._core.machine import Slot
 from .._core.policy import NEVER
 from ..config import check_timeout
-from ..errors import PoolError
+from ..errors import PoolClosed, PoolError
 from .connection import PooledConnection
 from .reader import BAD
-from .runner import WATCH_STALENESS, FutureWaiter, Runner, describe_unfinished
+from .runner import LEASED, WATCH_STALENESS, FutureWaiter, Runner, describe_unfinished
 from .session import IDLE, Session
 
 C = TypeVar("C", bound=AsyncConnection[Any])
@@ -85,6 +85,8 @@ class Acquisition(Generic[C]):
             runner.perform(runner.machine.withdraw(waiter, monotonic()))
             raise
         assert waiter.slot is not None
+        if waiter.slot.state is not LEASED:
+            raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
         return waiter.slot
 
     async def _set_up(self, connection: PooledConnection) -> None:

@@ -83,7 +83,8 @@ class PooledConnection(AsyncConnection[Any]):
         """psycopg's way to end a COPY or a stream half-way; it then reads to the end, which is bounded here."""
         session = self._session
         with anyio.CancelScope(shield=True):
-            await session.request_cancel()
+            if not await session.request_cancel():
+                session.sever()  # it might still be carried out, upon the next user's statement
         lease = session.lease
         ending = session.reader.answered_at
 

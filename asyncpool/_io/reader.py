@@ -7,7 +7,6 @@ driven from its callback, and the waiting task is woken once, when the generator
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import select
 import socket
 from collections.abc import Callable
@@ -73,7 +72,11 @@ class Reader:
         future: asyncio.Future[RV] = self.loop.create_future()
         self._future = future
         self._generator = generator
-        self._await(state)
+        self._state = state
+        if self._pgconn.status == BAD:
+            self.fail()
+        else:
+            self._await(state)
         return future
 
     def resume(self, generator: PQGen[RV]) -> asyncio.Future[RV]:
@@ -101,12 +104,22 @@ class Reader:
             future.set_exception(e._WaitTimeout("wait timeout expired"))  # what notifies() expects
 
     def stop(self) -> None:
-        """Take the socket out of the event loop, before its descriptor is closed; end a wait with an error."""
+        """Take the socket out of the event loop, before its descriptor is closed."""
         self._stop_reading()
-        self.on_lost = None
+        if self._writing:
+            self._set_writing(False)
+        if self.on_lost is not None:
+            self.on_lost()
+            self.on_lost = None
+
+    def fail(self) -> None:
+        """The PGconn is finished: let the generator that waits for it find out."""
         future = self._future
-        self._end()
-        if future is not None and not future.done():
+        if future is None or future.done():
+            return
+        self._send(_READY_R)
+        if not future.done():
+            self._end()
             future.set_exception(OperationalError("the connection is closed"))
 
     def _await(self, state: int) -> None:
@@ -161,10 +174,7 @@ class Reader:
         if self._pgconn.status == BAD:
             # libpq closes the socket when it finds it dead. The number may be another socket's in a moment, which
             # the event loop would take for the old one.
-            self._stop_reading()
-            if self.on_lost is not None:
-                self.on_lost()
-                self.on_lost = None
+            self.stop()
 
     def _on_readable(self) -> None:
         future = self._future
@@ -229,13 +239,6 @@ def socket_of(pgconn: PGconn) -> int | None:
         return pgconn.socket
     except OperationalError:
         return None
-
-
-def shut_down(fd: int) -> None:
-    """End both directions of a socket without closing its descriptor: whoever waits on it wakes with an error."""
-    # An OSError: not connected any more, which is what was wanted.
-    with duplicate(fd) as sock, contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 def duplicate(fd: int) -> socket.socket:

@@ -170,12 +170,13 @@ class Runner:
         now = monotonic()
         if session.held_warned:
             self._note_returned(session, now)
-        if session.pgconn.transaction_status in _TRANSACTION and not after_block:
-            self._warn_in_transaction(session)
-        self.perform(self._take_back_changed(connection, session, cast(Slot, session.slot), now))
+        effects = self._take_back_changed(connection, session, cast(Slot, session.slot), now, after_block=after_block)
+        self.perform(effects)
         session.touched = session.in_transaction = False
 
-    def _take_back_changed(self, connection: PooledConnection, session: Session, slot: Slot, now: float) -> Effects:
+    def _take_back_changed(
+        self, connection: PooledConnection, session: Session, slot: Slot, now: float, *, after_block: bool
+    ) -> Effects:
         assert session.baseline is not None
         if session.pgconn.status == BAD:
             return self.machine.discard(slot, CloseReason.DISCONNECTED, now)
@@ -187,6 +188,8 @@ class Runner:
                 session.site,
             )
             return self.machine.discard(slot, CloseReason.RETURNED_BUSY, now)
+        if session.pgconn.transaction_status in _TRANSACTION and not after_block:
+            self._warn_in_transaction(session)
         session.baseline.restore(connection)
         if session.pgconn.transaction_status == IDLE and not self._reset_needed:
             return self.machine.give_back(slot, session.reader.answered_at, now)

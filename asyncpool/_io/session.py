@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from psycopg import AsyncConnection, pq, waiting
 from psycopg import errors as e
-from psycopg.abc import PQGenConn
-from psycopg.generators import cancel, execute, fetch
-from psycopg.pq.abc import PGconn, PGresult
+from psycopg.abc import PQGen, PQGenConn
+from psycopg.generators import cancel, execute, fetch, send
+from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
+from psycopg.waiting import Wait
 
 from .client_state import Baseline
-from .reader import BAD, Reader, duplicate, shut_down, socket_of
+from .reader import BAD, Reader, duplicate, socket_of
 from .site import describe_site
 
 if TYPE_CHECKING:
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
 
 ACTIVE = pq.TransactionStatus.ACTIVE
 IDLE = pq.TransactionStatus.IDLE
+WAIT_R = Wait.R
+WAIT_W = Wait.W
 
 # Values of `Session.lease` that are no number of a lease.
 NOT_LEASED = 0
 POOLS_OWN = -1
 SEVERED = -2
 
-_COPY = frozenset({pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH})
+_COPY_OUT = frozenset({pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH})
 _FINE = frozenset({pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY})
 
 
@@ -46,8 +49,10 @@ class Session:
     __slots__ = (
         "__weakref__",
         "baseline",
+        "cancel",
         "cancel_timeout",
         "connection",
+        "ending",
         "held_warned",
         "in_transaction",
         "lease",
@@ -69,6 +74,8 @@ class Session:
         self.reference: weakref.ref[Any] | None = None
         self.baseline: Baseline | None = None
         self.slot: Slot | None = None
+        self.ending: socket.socket | None = None  # after `sever`: the server's end of the session comes here
+        self.cancel: PGcancelConn | None = None  # and by this it is asked to stop working for it
         self.lease = NOT_LEASED  # the number of the current lease
         self.touched = False  # whether anything may have changed in the current lease, on the server or here
         self.in_transaction = False  # whether losing the connection now would lose work
@@ -106,67 +113,74 @@ class Session:
             ended = self.reader.resume(generator) if generator is not None else None
             if ended is None or await self._await_until(ended, deadline):
                 await self._drop_results(deadline)
-            if self.pgconn.status != BAD and self.pgconn.transaction_status == ACTIVE:
+            # The server may act on the request until it has closed its connection: then it would hit what the
+            # next user does.
+            requested = await self._await_until(request, deadline) and request.result()
+            if not requested or self.pgconn.transaction_status == ACTIVE:
                 self.sever()
-                if ended is not None:
-                    await self._await_until(ended, deadline + self.cancel_timeout)
-            request.cancel()
-            await self._await_until(request, deadline + self.cancel_timeout)
 
-    async def request_cancel(self) -> None:
-        """Ask the server to cancel what it does for this session. An unreachable server is no error."""
-        with contextlib.suppress(e.Error):  # the deadline of the statement decides
-            await waiting.wait_conn_async(_cancel(self.pgconn), interval=1.0, timeout=self.cancel_timeout)
+    async def request_cancel(self) -> bool:
+        """Ask the server to cancel what it does for this session. False if it is not known to have done so."""
+        if self.pgconn.status == BAD:
+            return True
+        return await self._send_cancel(self.pgconn.cancel_conn())
+
+    async def _send_cancel(self, request: PGcancelConn) -> bool:
+        try:
+            await waiting.wait_conn_async(_run_cancel(request), interval=1.0, timeout=self.cancel_timeout)
+        except e.Error:
+            return False
+        return True
 
     async def _drop_results(self, deadline: float) -> None:
-        """Read what a stream has left: psycopg fetches it result by result, and a cancellation stops that."""
-        while (
-            self.pgconn.status != BAD and self.pgconn.transaction_status == ACTIVE and not self.pgconn.pipeline_status
-        ):
-            future = asyncio.ensure_future(self.reader.run(fetch(self.pgconn)))
-            if not await self._await_until(future, deadline):
-                future.cancel()
-                return
-            if future.exception() or (result := future.result()) is None or result.status in _COPY:
-                return
+        """Read what a stream or a COPY has left: psycopg fetches it piece by piece, and a cancellation stops that."""
+        if self.pgconn.transaction_status == ACTIVE and not self.pgconn.pipeline_status:
+            work = self.reader.run(_read_to_the_end(self.pgconn))
+            reading = self.reader.loop.create_task(work, name="asyncpool: read a cancelled statement's rest")
+            if not await self._await_until(reading, deadline):
+                reading.cancel()
 
     async def _await_until(self, future: asyncio.Future[Any], deadline: float) -> bool:
         """Wait for a future until the loop's time `deadline`, cancelled or not. Its result is not looked at."""
         while not future.done():
             remaining = deadline - self.reader.loop.time()
             if remaining <= 0:
+                future.add_done_callback(_retrieve)
                 return False
             try:
                 await asyncio.wait((future,), timeout=remaining)
             except asyncio.CancelledError:
                 continue  # re-raised by the caller, which is in the middle of handling the first one
-        if not future.cancelled():
-            future.exception()  # retrieved: an error of a statement that nobody waits for is nobody's
+        _retrieve(future)
         return True
 
     # --- the end --------------------------------------------------------------------------------------------
 
     def sever(self) -> None:
-        """Shut the socket down: whoever waits on this session gets an error at once."""
-        if (fd := socket_of(self.pgconn)) is not None:
-            shut_down(fd)
+        """Close this side at once: whoever waits on the session gets an error. `close` waits for the server's side."""
+        fd = socket_of(self.pgconn)
+        if fd is None or self.pgconn.status == BAD:
+            return
+        self.ending = duplicate(fd)
+        self.cancel = self.pgconn.cancel_conn() if self.pgconn.transaction_status == ACTIVE else None
+        self.reader.stop()
+        self.pgconn.finish()
+        self.reader.fail()
 
     async def close(self, timeout: float) -> bool:
         """End the session and wait until the server has. False if it has not within `timeout` seconds."""
-        self.reader.stop()
         self.reference = None
-        fd = socket_of(self.pgconn)
-        if self.pgconn.status == BAD or fd is None:
-            self.pgconn.finish()
-            return True
-        loop = self.reader.loop
-        deadline = loop.time() + timeout
-        if self.pgconn.transaction_status == ACTIVE:
-            with anyio.move_on_after(timeout):
-                await self.request_cancel()
-        sock = duplicate(fd)
+        self.sever()
         self.pgconn.finish()
-        return await linger(sock, max(0.0, deadline - loop.time()))
+        self.reader.stop()
+        if self.ending is None:
+            return True  # the server has ended it
+        deadline = self.reader.loop.time() + timeout
+        if self.cancel is not None:
+            with anyio.move_on_after(timeout):
+                await self._send_cancel(self.cancel)
+        ending, self.ending = self.ending, None
+        return await linger(ending, max(0.0, deadline - self.reader.loop.time()))
 
     def abandon(self) -> None:
         """End the session without waiting; for when there is no event loop to wait in."""
@@ -174,10 +188,34 @@ class Session:
         if not self.reader.loop.is_closed():
             self.reader.stop()
         self.pgconn.finish()
+        if self.ending is not None:
+            self.ending.close()
 
 
-def _cancel(pgconn: PGconn) -> PQGenConn[None]:
-    request = pgconn.cancel_conn()
+def _read_to_the_end(pgconn: PGconn) -> PQGen[None]:
+    """Read and forget all that the running statement sends; a COPY from here is ended with a failure."""
+    while (result := (yield from fetch(pgconn))) is not None:
+        if result.status == pq.ExecStatus.COPY_IN:
+            while pgconn.put_copy_end(b"cancelled") == 0:
+                while not (yield WAIT_W):
+                    continue
+            yield from send(pgconn)
+        elif result.status in _COPY_OUT:
+            with contextlib.suppress(e.DatabaseError):  # the error is the next result as well
+                while (size := pgconn.get_copy_data(1)[0]) >= 0:
+                    if size == 0:
+                        while not (yield WAIT_R):
+                            continue
+                        pgconn.consume_input()
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """See the exception of a statement that nobody waits for any more, lest asyncio complain of it."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _run_cancel(request: PGcancelConn) -> PQGenConn[None]:
     request.start()
     yield from cancel(request)
 

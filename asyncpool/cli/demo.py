@@ -18,6 +18,7 @@ from asyncpool.cli.readings import Readings
 from asyncpool.cli.rounds import Target, run_rounds
 from asyncpool.cli.signals import interruptible, undisturbed
 from asyncpool.cli.workload import Refused, Workload
+from asyncpool.conninfo import Redactor, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +83,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             print("interrupted", file=sys.stderr)
             return interruption.exit_status
         except (EmbeddedServerError, Refused, psycopg.Error, TimeoutError) as error:
-            print(f"asyncpool demo: {error}", file=sys.stderr)
+            secrets = Redactor(options.url or "", {})
+            print(f"asyncpool demo: {secrets.redact(str(error)).strip()}", file=sys.stderr)
             return COULD_NOT_RUN
 
 
@@ -120,6 +122,8 @@ def _run(options: argparse.Namespace) -> int:
 def _conninfo(url: str | None, shown: Display) -> Iterator[str]:
     """The given server, or an embedded one for as long as the demo runs."""
     if url is not None:
+        # A malformed one is refused here, in words that do not repeat a password.
+        parse(url, {})
         yield url
         return
     shown.say("starting a PostgreSQL in a temporary directory")

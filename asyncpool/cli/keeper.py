@@ -136,12 +136,15 @@ class Keeper:
         needed = [self.installation / name for name in ("bin/postgres", "share/postgres.bki")]
         if all(self.identity.can_read(path) for path in needed):
             return
-        copy = self.directory / "installation"
-        for part in ("bin", "lib", "share"):
-            shutil.copytree(self.installation / part, copy / part)
-        for path in (copy, *copy.rglob("*")):
+        # The binaries look for the libraries that came with them beside the package, by relative path.
+        package = self.installation.parent
+        copies = self.directory / "copies"
+        for part in (package, package.with_name(package.name + ".libs")):
+            if part.exists():
+                shutil.copytree(part, copies / part.name, ignore=shutil.ignore_patterns("include", "*.py*"))
+        for path in (copies, *copies.rglob("*")):
             self.identity.take_over(path)
-        self.installation = copy
+        self.installation = copies / package.name / self.installation.name
 
     def _run_initdb(self) -> None:
         options = ["--encoding=UTF8", "--no-locale", "--no-sync", "--no-instructions"]

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import sql
+from psycopg.pq import TransactionStatus
+
+from asyncpool.cli.signals import undisturbed
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -35,9 +38,7 @@ class Readings:
         ).format(self._schema)
 
     def __enter__(self) -> Self:
-        self._conn: psycopg.Connection[Any] = psycopg.connect(
-            self._conninfo, autocommit=True, application_name="asyncpool demo"
-        )
+        self._conn = self._connect()
         try:
             self._run(sql.SQL("create schema {}").format(self._schema))
             self._run(
@@ -56,9 +57,17 @@ class Readings:
     ) -> None:
         self._drop()
 
+    def _connect(self) -> psycopg.Connection[Any]:
+        return psycopg.connect(self._conninfo, autocommit=True, application_name="asyncpool demo")
+
     def _drop(self) -> None:
-        with self._conn:
-            self._run(sql.SQL("drop schema if exists {} cascade").format(self._schema))
+        with undisturbed():
+            if self._conn.info.transaction_status != TransactionStatus.IDLE:
+                # Ctrl-C came in the middle of a statement, whose answer nobody will read.
+                self._conn.close()
+                self._conn = self._connect()
+            with self._conn:
+                self._run(sql.SQL("drop schema if exists {} cascade").format(self._schema))
 
     def _run(self, statement: sql.Composed | str, *parameters: object) -> list[tuple[Any, ...]]:
         query = statement if isinstance(statement, sql.Composed) else statement.encode()
