@@ -1,0 +1,80 @@
+"""What a change must pass. `nox` runs the sessions that are default; `nox -l` names all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PYPROJECT)
+
+nox.needs_version = ">=2024.10.9"
+nox.options.sessions = ["lint", "types", "tests", "examples"]
+# One Python is enough: sessions for those that the machine lacks are skipped, wherever nox runs.
+nox.options.error_on_missing_interpreters = False
+
+BENCHMARKS = ["benchmarks/acquire.py", "benchmarks/query.py"]
+CODE = ["asyncpool", "tests", "examples", "noxfile.py"]
+
+
+def group(name: str) -> list[str]:
+    """The requirements of a dependency group of pyproject.toml."""
+    return list(nox.project.dependency_groups(PYPROJECT, name))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: rules and format."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy --strict and pyright, on the package and the tests."""
+    session.install(".[demo]", *group("test"), *group("examples"), *group("types"))
+    session.run("mypy", "--strict", *CODE)
+    # Else it asks the index whether there is a newer one.
+    session.run("pyright", env={"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"})
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Pytest, on a PostgreSQL of its own or that of DATABASE_URL."""
+    session.install(".[demo]", *group("test"))
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Every example, as a user would run it."""
+    session.install(".[demo]", *group("examples"))
+    for example in sorted(Path("examples").glob("*.py")):
+        session.run("python", "-W", "error", str(example))
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """The tests under coverage, and what they miss."""
+    session.install("--editable", ".[demo]", *group("test"), *group("coverage"))
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "combine")
+    session.run("coverage", "report", "--show-missing", "--skip-covered")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The reference of the public names, as HTML in build/docs."""
+    session.install(".", *group("docs"))
+    session.run("pdoc", "asyncpool", "--output-directory", "build/docs")
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Each benchmark, or those named after `--`."""
+    session.install(".[demo]", *group("benchmarks"))
+    for benchmark in session.posargs or BENCHMARKS:
+        session.run("python", benchmark)

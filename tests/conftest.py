@@ -1,0 +1,105 @@
+"""The fixtures that all tests share. With DATABASE_URL they use that server, and leave it running."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from kit.loops import loop_factories
+from kit.servers import Admin, PasswordServer, Server, create_users_with_odd_passwords
+from psycopg.conninfo import make_conninfo
+
+from asyncpool.cli.embedded import EmbeddedServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kit.loops import LoopFactory
+
+NEEDS_CONTROL = "needs a server to itself, and DATABASE_URL names one that belongs to somebody else"
+
+test_numbers = itertools.count(1)
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
+    """asyncio's own loop; on both for the tests that say `on_both_loops`."""
+    factories = loop_factories()
+    if any("loop_factories" in mark.kwargs for mark in item.iter_markers("asyncio")):
+        return factories
+    return {"asyncio": factories["asyncio"]}
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A server to share, in its default state: started once, or that of DATABASE_URL."""
+    if url := os.environ.get("DATABASE_URL"):
+        yield Server(url, None)
+        return
+    with EmbeddedServer(settings={"max_connections": 200}) as embedded:
+        yield Server(embedded.dsn(), embedded)
+
+
+@pytest.fixture
+def application_name() -> str:
+    """The name under which the server knows this test's sessions."""
+    return f"asyncpool-test-{next(test_numbers)}"
+
+
+@pytest.fixture
+def dsn(server: Server, application_name: str) -> str:
+    """The shared server, as key=value, with this test's `application_name`."""
+    return make_conninfo(server.dsn, application_name=application_name)
+
+
+@pytest.fixture(scope="session")
+def shared_admin(server: Server) -> Iterator[Admin]:
+    admin = Admin(server.dsn)
+    yield admin
+    admin.close()
+
+
+@pytest.fixture
+def admin(shared_admin: Admin) -> Admin:
+    """A session on the shared server past the pool: who is connected, end them, ask anything."""
+    return shared_admin
+
+
+@pytest.fixture(scope="session")
+def breakable_server() -> Iterator[EmbeddedServer]:
+    if "DATABASE_URL" in os.environ:
+        pytest.skip(NEEDS_CONTROL)
+    with EmbeddedServer(host_authentication="trust") as embedded:
+        yield embedded
+
+
+@pytest.fixture
+def private_server(breakable_server: EmbeddedServer) -> EmbeddedServer:
+    """A server that this test may stop, kill and restart, on Unix socket and TCP; up when the test begins."""
+    breakable_server.start()
+    return breakable_server
+
+
+@pytest.fixture
+def private_dsn(private_server: EmbeddedServer, application_name: str) -> str:
+    """The private server's Unix socket, as key=value, with this test's `application_name`."""
+    return make_conninfo(private_server.dsn(), application_name=application_name)
+
+
+@pytest.fixture
+def private_admin(private_server: EmbeddedServer) -> Iterator[Admin]:
+    """A session on the private server; connects anew after a restart."""
+    admin = Admin(private_server.dsn())
+    yield admin
+    admin.close()
+
+
+@pytest.fixture(scope="session")
+def password_server() -> Iterator[PasswordServer]:
+    """A server on TCP with a user for each of `ODD_PASSWORDS`."""
+    if "DATABASE_URL" in os.environ:
+        pytest.skip(NEEDS_CONTROL)
+    with EmbeddedServer(host_authentication="scram-sha-256") as embedded:
+        create_users_with_odd_passwords(embedded)
+        yield PasswordServer(embedded)
