@@ -75,7 +75,8 @@ _COMMON_TEXT = """
 _COMMON_WORDS = frozenset(_COMMON_TEXT.split())
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(.*)\Z", re.DOTALL)
-_URL_DELIMITERS = re.compile(r"[@:/?#&=,\[\]]")
+# Between the pieces of a misread password; a quote at the edge of one would be taken for the quote of a name.
+_DELIMITERS = re.compile(r"""[@:/?#&=,\[\]"']""")
 _SECRET_IN_QUERY = re.compile(rf"(?<=[?&])(?:{'|'.join(sorted(SECRET_OPTIONS))})=[^&]*")
 
 # A quoted name, in the marks of the languages that PostgreSQL speaks. An apostrophe within a word is none.
@@ -157,6 +158,8 @@ def _find_bad_value(params: ConnDict) -> str:
         return "port is not a number between 1 and 65535"
     if any("@" in host[1:] and not _is_path(host) for host in hosts):
         return 'host holds an "@"'
+    if not addresses and not all(_is_path(host) or _is_encodable(host) for host in hosts):
+        return "host is not a valid host name"
     if hosts and addresses and len(hosts) != len(addresses):
         return f"could not match {len(hosts)} host names to {len(addresses)} hostaddr values"
     if not all(_is_ip_address(address) for address in addresses if address):
@@ -211,10 +214,14 @@ class Redactor:
         plain = _names(given)
         if password := _misread_password(conninfo):
             misread.add(password)
+            # What libpq took for a name begins within the password, and the last one ends behind its "@".
+            secrets |= {
+                name for name in _names(parsed) if "@" in name or (len(name) >= _TELLING_LENGTH and name in password)
+            }
         else:
             plain |= _names(parsed)
         plain -= urls
-        secrets |= {piece for password in misread for piece in _URL_DELIMITERS.split(password)}
+        secrets |= {piece for password in misread for piece in _DELIMITERS.split(password)}
         self._misread = frozenset(urls | _variants(misread))
         self._plain = frozenset(plain)
         self._secrets = frozenset(_variants(secrets) - self._plain - {""})
@@ -306,6 +313,15 @@ def _elements(params: Mapping[str, object], name: str, environment: str = "") ->
 def _is_path(host: str) -> bool:
     # A directory of sockets, also on Windows, or Linux's abstract sockets.
     return host.startswith(("/", "@")) or host[1:2] == ":"
+
+
+def _is_encodable(host: str) -> bool:
+    # As socket.getaddrinfo() does it, whose UnicodeError psycopg lets through.
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _is_ip_address(host: str) -> bool:

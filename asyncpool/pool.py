@@ -21,7 +21,8 @@ from ._core.states import PoolPhase, SlotState
 from ._io.acquisition import DEFAULT, Acquisition, Default
 from ._io.connection import PooledConnection
 from ._io.driver import Conninfo, Driver, check_event_loop
-from ._io.runner import Runner, logger
+from ._io.leases import Leases, logger
+from ._io.runner import Runner
 from ._io.session import NOT_LEASED, POOLS_OWN, Session
 from .config import (
     OPTION_NAMES,
@@ -254,16 +255,19 @@ class Pool(Generic[C]):
         can come in between. Raises PoolError for a connection that was released already or is not the pool's,
         WrongLoop outside the pool's event loop; neither changes anything.
         """
-        runner = getattr(connection, "_pool", None)
-        if runner is not self._runner or runner is None:
-            runner = self._former_runner(connection)
-        if get_ident() != runner.thread or not runner.loop.is_running():
+        runner = self._runner
+        leases: Any = getattr(connection, "_pool", None)
+        if runner is None or leases is not runner.leases:
+            # One of an earlier opening was ended by close(), and all that is left to say is whether it is ours.
+            if runner is None or not (isinstance(leases, Leases) and leases.belong_to(self._config)):
+                raise PoolError(f"{self.name}: this connection is not of this pool")
+        elif get_ident() != runner.thread or not runner.loop.is_running():
             runner.check_loop()
         pooled = cast(PooledConnection, connection)
         if pooled._session.lease in _NOT_A_LEASE:
             raise PoolError(f"{self.name}: this connection was released already")
-        if not runner.give_back_clean(pooled):
-            runner.end_lease(pooled)
+        if not leases.give_back_clean(pooled):
+            leases.end_lease(pooled)
         return runner.finished
 
     @asynccontextmanager
@@ -346,13 +350,6 @@ class Pool(Generic[C]):
             raise self._not_open()
         runner.check_loop()
         return runner
-
-    def _former_runner(self, connection: C) -> Runner:
-        """The runner of a connection that was acquired before the pool was closed and opened again."""
-        runner = getattr(connection, "_pool", None)
-        if isinstance(runner, Runner) and runner.config is self._config:
-            return runner
-        raise PoolError(f"{self.name}: this connection is not of this pool")
 
     def _not_open(self) -> PoolClosed:
         return PoolClosed(f"{self.name} is not open: use `async with Pool(...) as pool`, or `await pool.open()`")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from ..events import CloseReason
-    from .machine import Slot, Waiter
+    from .queue import Waiter
+    from .slot import Slot
 
 
 class Refusal(IntEnum):

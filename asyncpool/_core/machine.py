@@ -6,9 +6,7 @@ looks at no clock. One thread calls it.
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
@@ -31,6 +29,8 @@ from .effects import (
     WakeAt,
 )
 from .policy import NEVER, Backoff, ConnectFailure, retirement
+from .queue import Waiter, WaiterQueue
+from .slot import Slot
 from .states import LEGAL_MOVES, LEGAL_PHASES, PoolPhase, SlotState
 
 _idle_since = attrgetter("idle_since")
@@ -40,50 +40,6 @@ CONNECTING, IDLE, LEASED, CHECKING, RECYCLING, CLOSING, GONE = SlotState
 
 class IllegalMove(AssertionError):
     """A bug in asyncpool: a life cycle was asked to do what its table forbids."""
-
-
-class Slot:
-    """A place under `max_size`, and what the machine knows of the connection in it. Times are the machine's."""
-
-    __slots__ = (
-        "doom",
-        "expires_at",
-        "fresh_until",
-        "generation",
-        "idle_since",
-        "leased_at",
-        "number",
-        "resource",
-        "retires_at",
-        "state",
-        "uses",
-        "verified_at",
-    )
-
-    def __init__(self, number: int, generation: int) -> None:
-        self.number = number
-        self.generation = generation
-        self.state = CONNECTING
-        self.uses = 0  # leases so far: the number of the current one while leased
-        self.leased_at = self.idle_since = self.verified_at = -NEVER
-        self.fresh_until = -NEVER  # may be handed out unverified before this; only meaningful while idle
-        self.retires_at = NEVER  # to be replaced from here on, at leisure
-        self.expires_at = NEVER  # never handed out from here on; in the past once it is doomed
-        self.doom: CloseReason = CloseReason.MAX_LIFETIME  # why it is closed when it expires
-        self.resource: object = None  # the runner's, never looked at here
-
-    def __repr__(self) -> str:
-        return f"<Slot {self.number} {self.state.name}>"
-
-
-class Waiter:
-    """A caller in the queue. `slot` is set when it is granted one."""
-
-    __slots__ = ("deadline", "slot")
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        self.slot: Slot | None = None
 
 
 class PoolMachine:
@@ -115,9 +71,9 @@ class PoolMachine:
             self._recycling,
             self._closing,
         )
-        self._waiters: OrderedDict[Waiter, None] = OrderedDict()
-        self._deadlines: list[tuple[float, int, Waiter]] = []  # a heap; may hold waiters that have left
+        self._waiters = WaiterQueue()
         self._backoff = Backoff(config.backoff_initial, config.backoff_max)
+        self._turned_away = 0  # callers for whom the queue is too long, while they are being refused
         self._wake_at = NEVER
         self._effects: list[Effect] = []
         self._numbers = 0
@@ -182,11 +138,8 @@ class PoolMachine:
         max_waiting = self._config.max_waiting
         if max_waiting is not None and len(self._waiters) >= max_waiting:
             return self._turn_away(waiter, now)
-        self._waiters[waiter] = None
+        self._waiters.append(waiter)
         deadline = waiter.deadline
-        if deadline != NEVER:
-            self._numbers += 1
-            heapq.heappush(self._deadlines, (deadline, self._numbers, waiter))
         if self._idle or len(self._slots) < self.max_size or deadline <= now:
             return self._settle(now)
         if deadline < self._wake_at:
@@ -196,19 +149,16 @@ class PoolMachine:
 
     def _turn_away(self, waiter: Waiter, now: float) -> Effects:
         """The queue is full: refuse, but grow as for a waiter, so that a later caller finds a connection."""
-        self._waiters[waiter] = None
+        self._turned_away = 1
         effects = self._settle(now)
-        if waiter.slot is not None:
-            return effects
-        self._waiters.pop(waiter, None)
+        self._turned_away = 0
         return [*effects, Refuse(waiter, Refusal.TOO_MANY_WAITING)]
 
     def withdraw(self, waiter: Waiter, now: float) -> Effects:
         """The caller is gone: take it out of the queue; what it was granted already goes to the next one."""
         slot = waiter.slot
         if slot is None:
-            self._waiters.pop(waiter, None)
-            self._compact_deadlines()
+            self._waiters.discard(waiter)
             return NO_EFFECTS
         if slot.state is not LEASED:
             return NO_EFFECTS  # severed meanwhile
@@ -216,6 +166,8 @@ class PoolMachine:
 
     def give_back(self, slot: Slot, answered_at: float, now: float) -> Effects:
         """A lease ends and the connection is clean; the server last answered on it at `answered_at`."""
+        if slot.state is not LEASED:
+            raise IllegalMove(f"give_back of {slot!r}")
         if now >= slot.expires_at:
             return self.discard(slot, slot.doom, now)
         if len(self._slots) > self.max_size and self._excess() > 0:
@@ -510,13 +462,12 @@ class PoolMachine:
 
     def _hand_over(self, slot: Slot, now: float) -> Grant:
         """Ownership changes before the waiter is woken: one that is cancelled meanwhile withdraws."""
-        waiter, _ = self._waiters.popitem(last=False)
+        waiter = self._waiters.pop_first()
         waiter.slot = slot
         slot.leased_at = now
         slot.uses += 1
         if slot.uses >= self._max_uses:
             self._doom(slot, CloseReason.MAX_USES)
-        self._compact_deadlines()
         return Grant(waiter, slot)
 
     def _coming(self) -> int:
@@ -538,7 +489,7 @@ class PoolMachine:
 
     def _wanted(self, now: float) -> int:
         """How many connects the waiters, `min_size` and retirements ask for."""
-        for_waiters = len(self._waiters) - self._coming()
+        for_waiters = len(self._waiters) + self._turned_away - self._coming()
         for_min_size = self.min_size - (len(self._slots) - len(self._closing))
         for_retirement = 1 if not self._connecting and self._retiring(now) else 0
         return max(for_waiters, for_min_size, for_retirement)
@@ -558,24 +509,13 @@ class PoolMachine:
     # --- deadlines ------------------------------------------------------------------------------------------
 
     def _refuse_overdue(self, now: float) -> None:
-        deadlines = self._deadlines
-        while deadlines and (deadlines[0][0] <= now or deadlines[0][2] not in self._waiters):
-            _, _, waiter = heapq.heappop(deadlines)
-            if waiter in self._waiters:
-                del self._waiters[waiter]
-                self.timeouts += 1
-                self._effects.append(Refuse(waiter, Refusal.TIMEOUT))
+        for waiter in self._waiters.pop_overdue(now):
+            self.timeouts += 1
+            self._effects.append(Refuse(waiter, Refusal.TIMEOUT))
 
     def _refuse_all(self, refusal: Refusal) -> None:
         self._effects.extend(Refuse(waiter, refusal) for waiter in self._waiters)
         self._waiters.clear()
-        self._deadlines.clear()
-
-    def _compact_deadlines(self) -> None:
-        """Forget the deadlines of those who have left, once they are the majority: constant cost per waiter."""
-        if len(self._deadlines) > 2 * len(self._waiters) + 64:
-            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._waiters]
-            heapq.heapify(self._deadlines)
 
     def _schedule(self, now: float) -> None:
         """Ask to be woken when the next thing is due. An earlier wake-up that stands already is left alone."""
@@ -585,8 +525,7 @@ class PoolMachine:
             self._effects.append(WakeAt(when))
 
     def _due_times(self, now: float) -> Iterator[float]:
-        if self._deadlines:
-            yield self._deadlines[0][0]
+        yield self._waiters.next_deadline()
         if self._backoff.not_before > now and self._wanted(now) > 0:
             yield self._backoff.not_before
         for slot in self._idle:

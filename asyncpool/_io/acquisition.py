@@ -6,17 +6,18 @@ from collections.abc import Awaitable, Generator
 from threading import get_ident
 from time import monotonic
 from types import CodeType, TracebackType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from psycopg import AsyncConnection, pq
 
-from .._core.machine import Slot
 from .._core.policy import NEVER
+from .._core.slot import Slot
 from ..config import check_timeout
 from ..errors import PoolClosed, PoolError
 from .connection import PooledConnection
+from .leases import LEASED, describe_unfinished
 from .reader import BAD
-from .runner import LEASED, WATCH_STALENESS, FutureWaiter, Runner, describe_unfinished
+from .runner import WATCH_STALENESS, FutureWaiter, Runner
 from .session import IDLE, Session
 
 C = TypeVar("C", bound=AsyncConnection[Any])
@@ -61,7 +62,7 @@ class Acquisition(Generic[C]):
         session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
         session.site_code = self._code
         session.site_offset = self._offset
-        connection: Any = session.connection if runner.plain else runner.renew_for_debug(session)
+        connection: Any = session.connection if runner.plain else runner.leases.renew_for_debug(session)
         session.connection = None
         session.lease = self._lease = slot.uses
         self._connection = connection
@@ -72,11 +73,11 @@ class Acquisition(Generic[C]):
     def _wait(self, now: float) -> Generator[Any, Any, Slot]:
         runner = self._runner
         timeout = self._timeout
-        if timeout is DEFAULT:
+        if isinstance(timeout, Default):
             timeout = runner.config.acquire_timeout
         else:
             check_timeout("timeout", timeout)
-        deadline = NEVER if timeout is None else now + cast(float, timeout)
+        deadline = NEVER if timeout is None else now + timeout
         waiter = FutureWaiter(deadline, now, runner.loop.create_future())
         runner.perform(runner.machine.enqueue(waiter, now))
         try:
@@ -96,10 +97,10 @@ class Acquisition(Generic[C]):
         try:
             await runner.driver.set_up_lease(connection)
         except Exception:
-            runner.reject_lease(connection)
+            runner.leases.reject_lease(connection)
             raise
         except BaseException:
-            runner.end_lease(connection, after_block=True)
+            runner.leases.end_lease(connection, after_block=True)
             raise
 
     def __aenter__(self) -> Awaitable[C]:
@@ -110,10 +111,10 @@ class Acquisition(Generic[C]):
     ) -> Awaitable[None]:
         runner = self._runner
         connection: PooledConnection = self._connection
-        if connection._session.lease != self._lease or runner.give_back_clean(connection):
+        if connection._session.lease != self._lease or runner.leases.give_back_clean(connection):
             return runner.finished  # the first: it was given back inside the block
         if exc_type is not None:
-            runner.end_lease(connection, after_block=True)
+            runner.leases.end_lease(connection, after_block=True)
             return runner.finished
         return self._finish(connection, connection._session)
 
@@ -140,4 +141,4 @@ class Acquisition(Generic[C]):
                 await connection.commit()
         finally:
             if session.lease == self._lease:
-                self._runner.end_lease(connection, after_block=True)
+                self._runner.leases.end_lease(connection, after_block=True)

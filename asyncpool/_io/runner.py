@@ -9,17 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import traceback
-import warnings
-import weakref
 from collections.abc import Callable, Coroutine
 from functools import partial
 from threading import get_ident
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 
 import anyio
-from psycopg import pq
 
 from .._core.effects import (
     Check,
@@ -35,27 +31,22 @@ from .._core.effects import (
     Refuse,
     WakeAt,
 )
-from .._core.machine import PoolMachine, Slot, Waiter
+from .._core.machine import PoolMachine
 from .._core.policy import ConnectFailure
+from .._core.queue import Waiter
+from .._core.slot import Slot
 from .._core.states import PoolPhase, SlotState
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
 from ..events import CloseReason
-from .client_state import read_client_state
-from .connection import PooledConnection
 from .driver import ConnectFailed, Driver, Unusable
-from .reader import BAD
-from .session import ACTIVE, IDLE, NOT_LEASED, SEVERED, Session
+from .leases import LEASED, Leases, logger
+from .session import SEVERED, Session
 from .watch import DisconnectWatch
-
-logger = logging.getLogger("asyncpool")
 
 # How old the last look at the disconnect watch may be when a connection is handed out, in seconds: for a loop
 # that was too busy to look by itself. The look takes about 0.5 µs.
 WATCH_STALENESS = 0.001
-
-LEASED = SlotState.LEASED
-_TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 
 
 class FutureWaiter(Waiter):
@@ -73,17 +64,15 @@ class FutureWaiter(Waiter):
 class Runner:
     """One opening of a pool, from `open` to `closed`, bound to the event loop it is made in."""
 
-    close_returns = True  # psycopg's hook: `conn.close()` calls `putconn` in place of closing
-
     def __init__(self, config: PoolConfig, driver: Driver, *, debug: bool) -> None:
         self.config = config
         self.driver = driver
-        self.debug = debug
         self.loop = asyncio.get_running_loop()
         self.thread = get_ident()
         self.finished: asyncio.Future[None] = self.loop.create_future()  # for what was done when it was called
         self.finished.set_result(None)
         self.machine = PoolMachine(config, random.random)
+        self.leases = Leases(config, self.machine, self.perform, self.loop, debug=debug)
         self.watch: DisconnectWatch[Session] = DisconnectWatch(self.loop, self._on_disconnect)
         self.opening: asyncio.Future[None] = self.loop.create_future()
         self.closing: asyncio.Future[None] = self.loop.create_future()
@@ -92,9 +81,6 @@ class Runner:
         self._tasks: dict[Slot, asyncio.Task[None]] = {}
         self._scopes: dict[Slot, anyio.CancelScope] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._held_timer: asyncio.TimerHandle | None = None
-        self._warned_in_transaction = False
-        self._reset_needed = config.reset != "rollback"
         self.plain = not debug and config.setup is None  # a lease is ready when its connection is there
         self._perform: dict[type, Callable[[Any], None]] = {
             Connect: lambda effect: self._start(effect.slot, "connect", self._connect(effect.slot)),
@@ -124,172 +110,6 @@ class Runner:
         for effect in effects:
             self._perform[type(effect)](effect)
 
-    # --- leases ---------------------------------------------------------------------------------------------
-
-    def give_back_clean(self, connection: PooledConnection) -> bool:
-        """End a lease whose connection can go to the next user as it is; False, and nothing done, if it cannot."""
-        session = connection._session
-        if session.touched and not self._is_clean(connection, session):
-            return False
-        session.lease = NOT_LEASED
-        session.connection = connection
-        now = monotonic()
-        if session.held_warned:
-            self._note_returned(session, now)
-        effects = self.machine.give_back(cast(Slot, session.slot), session.reader.answered_at, now)
-        if effects:
-            self.perform(effects)
-        return True
-
-    def _is_clean(self, connection: PooledConnection, session: Session) -> bool:
-        assert session.baseline is not None
-        if (
-            self._reset_needed
-            or session.pgconn.transaction_status != IDLE
-            or session.lease == SEVERED
-            or connection.lock.locked()
-            or read_client_state(connection) != session.baseline.state
-        ):
-            return False
-        session.touched = session.in_transaction = False
-        return True
-
-    def end_lease(self, connection: PooledConnection, *, after_block: bool = False) -> None:
-        """Take a connection back, in whatever condition it is. Acts at once; what takes time follows behind.
-
-        `after_block`: at the end of an `async with`, where a transaction left open needs no warning.
-        """
-        if self.give_back_clean(connection):
-            return
-        session = connection._session
-        severed = session.lease == SEVERED
-        session.lease = NOT_LEASED
-        if severed:
-            return  # by close(), which sees to the rest
-        session.connection = connection
-        now = monotonic()
-        if session.held_warned:
-            self._note_returned(session, now)
-        effects = self._take_back_changed(connection, session, cast(Slot, session.slot), now, after_block=after_block)
-        self.perform(effects)
-        session.touched = session.in_transaction = False
-
-    def _take_back_changed(
-        self, connection: PooledConnection, session: Session, slot: Slot, now: float, *, after_block: bool
-    ) -> Effects:
-        assert session.baseline is not None
-        if session.pgconn.status == BAD:
-            return self.machine.discard(slot, CloseReason.DISCONNECTED, now)
-        if busy := describe_unfinished(connection):
-            logger.warning(
-                "%s: closing a connection that was returned %s (acquired at %s)",
-                self.config.name,
-                busy,
-                session.site,
-            )
-            return self.machine.discard(slot, CloseReason.RETURNED_BUSY, now)
-        if session.pgconn.transaction_status in _TRANSACTION and not after_block:
-            self._warn_in_transaction(session)
-        session.baseline.restore(connection)
-        if session.pgconn.transaction_status == IDLE and not self._reset_needed:
-            return self.machine.give_back(slot, session.reader.answered_at, now)
-        return self.machine.recycle(slot, now)
-
-    def _warn_in_transaction(self, session: Session) -> None:
-        """Once for each pool: a connection was released in a transaction, which is rolled back."""
-        if not self._warned_in_transaction:
-            self._warned_in_transaction = True
-            logger.warning(
-                "%s: a connection was released in a transaction, which is rolled back (acquired at %s); this is"
-                " said once: commit, or use `async with pool.acquire() as conn`",
-                self.config.name,
-                session.site,
-            )
-
-    async def putconn(self, connection: PooledConnection) -> None:
-        """What psycopg calls when the user closes a leased connection."""
-        self.end_lease(connection)
-
-    def reject_lease(self, connection: PooledConnection) -> None:
-        """`setup` has raised: close the connection."""
-        session = connection._session
-        severed = session.lease == SEVERED
-        session.lease = NOT_LEASED
-        if not severed:
-            session.connection = connection
-            self.perform(self.machine.discard(cast(Slot, session.slot), CloseReason.SETUP_FAILED, monotonic()))
-
-    def adopt(self, session: Session) -> None:
-        """Notice when the session's connection object is collected while it is leased."""
-        session.reference = weakref.ref(session.connection, partial(self._on_collected, session))
-
-    def _on_collected(self, session: Session, _: object) -> None:
-        # Called by the garbage collector, in any thread and at any moment: it may take no lock.
-        slot = session.slot
-        if slot is None or slot.state is not LEASED:
-            return
-        try:
-            self.loop.call_soon_threadsafe(self._take_back_lost, session, slot.uses)
-        except RuntimeError:
-            session.abandon()  # the loop is closed
-
-    def _take_back_lost(self, session: Session, lease: int) -> None:
-        slot = session.slot
-        if slot is None or slot.state is not LEASED or slot.uses != lease:
-            return
-        site = session.stack or session.site
-        self.perform(self.machine.discard(slot, CloseReason.LEASE_LOST, monotonic()))
-        warnings.warn(
-            f"{self.config.name}: a connection was dropped without release, and is closed (acquired at {site})",
-            ResourceWarning,
-            stacklevel=1,
-        )
-
-    def renew_for_debug(self, session: Session) -> PooledConnection:
-        """With `debug`: keep the acquire's full stack, and take a connection object that no other lease shares."""
-        if self.debug:
-            session.stack = "".join(traceback.format_stack()[:-2])
-            session.connection = session.connection._renewed()
-            self.adopt(session)
-        connection: PooledConnection = session.connection
-        return connection
-
-    # --- long-held leases -----------------------------------------------------------------------------------
-
-    def _watch_long_held(self) -> None:
-        """Warn of leases that last longer than `long_held_after`, once each; look again when the next could."""
-        limit = self.config.long_held_after
-        assert limit is not None
-        now = monotonic()
-        due = now + limit
-        for slot in self.machine.leases():
-            session = slot.resource
-            assert isinstance(session, Session)
-            if session.held_warned:
-                continue
-            if now < slot.leased_at + limit:
-                due = min(due, slot.leased_at + limit)
-                continue
-            session.held_warned = True
-            logger.warning(
-                "%s: a connection is held for %.3g s, longer than long_held_after=%.3g s (acquired at %s)",
-                self.config.name,
-                now - slot.leased_at,
-                limit,
-                session.stack or session.site,
-            )
-        self._held_timer = self.loop.call_later(due - now, self._watch_long_held)
-
-    def _note_returned(self, session: Session, now: float) -> None:
-        session.held_warned = False
-        assert session.slot is not None
-        logger.warning(
-            "%s: the long-held connection came back after %.3g s (acquired at %s)",
-            self.config.name,
-            now - session.slot.leased_at,
-            session.site,
-        )
-
     # --- opening and closing --------------------------------------------------------------------------------
 
     @property
@@ -301,7 +121,7 @@ class Runner:
         """Start connecting."""
         self.perform(self.machine.open(monotonic(), single_round=single_round))
         if self.config.long_held_after is not None:
-            self._watch_long_held()
+            self.leases.watch_long_held()
 
     def close(self) -> None:
         """Start closing; `closing` is done when the last session is gone."""
@@ -338,10 +158,10 @@ class Runner:
         self.watch.close()
 
     def _stop_timers(self) -> None:
-        for timer in (self._timer, self._held_timer):
-            if timer is not None:
-                timer.cancel()
-        self._timer = self._held_timer = None
+        self.leases.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _on_closed(self, _: Closed) -> None:
         self._stop_timers()
@@ -458,8 +278,8 @@ class Runner:
     def _admit(self, slot: Slot, session: Session) -> None:
         slot.resource = session
         session.slot = slot
-        session.connection._pool = self
-        self.adopt(session)
+        session.connection._pool = self.leases
+        self.leases.adopt(session)
         session.touched = False
         session.reader.on_lost = partial(self.watch.unregister, session.reader.fd, session)
         self.watch.register(session.reader.fd, session)
@@ -527,21 +347,6 @@ class Runner:
         finally:
             slot.resource = None
             self.perform(self.machine.closed(slot, monotonic()))
-
-
-def describe_unfinished(connection: PooledConnection) -> str:
-    """What a connection is in the middle of, so that it cannot be used by anyone else; empty: nothing."""
-    if connection._pipeline is not None or connection.pgconn.pipeline_status:
-        return "in pipeline mode"
-    if connection._num_transactions:
-        return "inside conn.transaction()"
-    if connection._tpc is not None:
-        return "in a two-phase transaction"
-    if connection.lock.locked():
-        return "in the middle of a statement, COPY or stream()"
-    if connection.pgconn.transaction_status == ACTIVE:
-        return "with results half-read"
-    return ""
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

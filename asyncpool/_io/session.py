@@ -23,7 +23,7 @@ from .reader import BAD, Reader, duplicate, socket_of
 from .site import describe_site
 
 if TYPE_CHECKING:
-    from .._core.machine import Slot
+    from .._core.slot import Slot
 
 ACTIVE = pq.TransactionStatus.ACTIVE
 IDLE = pq.TransactionStatus.IDLE

@@ -1,0 +1,245 @@
+"""The end of a lease: what is handed on, what is cleaned, what is closed; lost leases, and long-held ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import cast
+
+from psycopg import pq
+
+from .._core.effects import Effects
+from .._core.machine import PoolMachine
+from .._core.slot import Slot
+from .._core.states import SlotState
+from ..config import PoolConfig
+from ..events import CloseReason
+from .client_state import read_client_state
+from .connection import PooledConnection
+from .reader import BAD
+from .session import ACTIVE, IDLE, NOT_LEASED, SEVERED, Session
+
+logger = logging.getLogger("asyncpool")
+
+LEASED = SlotState.LEASED
+_TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
+
+
+class Leases:
+    """Takes connections back on behalf of a runner, whose `perform` carries out what the machine says to it."""
+
+    close_returns = True  # psycopg's hook for pools: `conn.close()` calls `putconn` in place of closing
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        machine: PoolMachine,
+        perform: Callable[[Effects], None],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        debug: bool,
+    ) -> None:
+        self._config = config
+        self._machine = machine
+        self._perform = perform
+        self._loop = loop
+        self._debug = debug
+        self._reset_needed = config.reset != "rollback"
+        self._warned_in_transaction = False
+        self._held_timer: asyncio.TimerHandle | None = None
+
+    def give_back_clean(self, connection: PooledConnection) -> bool:
+        """End a lease whose connection can go to the next user as it is; False, and nothing done, if it cannot."""
+        session = connection._session
+        if session.touched and not self._is_clean(connection, session):
+            return False
+        session.lease = NOT_LEASED
+        session.connection = connection
+        now = monotonic()
+        if session.held_warned:
+            self._note_returned(session, now)
+        slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased; a cast() takes time
+        effects = self._machine.give_back(slot, session.reader.answered_at, now)
+        if effects:
+            self._perform(effects)
+        return True
+
+    def _is_clean(self, connection: PooledConnection, session: Session) -> bool:
+        assert session.baseline is not None
+        if (
+            self._reset_needed
+            or session.pgconn.transaction_status != IDLE
+            or session.lease == SEVERED
+            or connection.lock.locked()
+            or read_client_state(connection) != session.baseline.state
+        ):
+            return False
+        session.touched = session.in_transaction = False
+        return True
+
+    def end_lease(self, connection: PooledConnection, *, after_block: bool = False) -> None:
+        """Take a connection back, in whatever condition it is. Acts at once; what takes time follows behind.
+
+        `after_block`: at the end of an `async with`, where a transaction left open needs no warning.
+        """
+        if self.give_back_clean(connection):
+            return
+        session = connection._session
+        severed = session.lease == SEVERED
+        session.lease = NOT_LEASED
+        if severed:
+            return  # by close(), which sees to the rest
+        session.connection = connection
+        now = monotonic()
+        if session.held_warned:
+            self._note_returned(session, now)
+        effects = self._take_back_changed(connection, session, cast(Slot, session.slot), now, after_block=after_block)
+        self._perform(effects)
+        session.touched = session.in_transaction = False
+
+    def _take_back_changed(
+        self, connection: PooledConnection, session: Session, slot: Slot, now: float, *, after_block: bool
+    ) -> Effects:
+        assert session.baseline is not None
+        if session.pgconn.status == BAD:
+            return self._machine.discard(slot, CloseReason.DISCONNECTED, now)
+        if busy := describe_unfinished(connection):
+            logger.warning(
+                "%s: closing a connection that was returned %s (acquired at %s)",
+                self._config.name,
+                busy,
+                session.site,
+            )
+            return self._machine.discard(slot, CloseReason.RETURNED_BUSY, now)
+        if session.pgconn.transaction_status in _TRANSACTION and not after_block:
+            self._warn_in_transaction(session)
+        session.baseline.restore(connection)
+        if session.pgconn.transaction_status == IDLE and not self._reset_needed:
+            return self._machine.give_back(slot, session.reader.answered_at, now)
+        return self._machine.recycle(slot, now)
+
+    def _warn_in_transaction(self, session: Session) -> None:
+        """Once for each pool: a connection was released in a transaction, which is rolled back."""
+        if not self._warned_in_transaction:
+            self._warned_in_transaction = True
+            logger.warning(
+                "%s: a connection was released in a transaction, which is rolled back (acquired at %s); this is"
+                " said once: commit, or use `async with pool.acquire() as conn`",
+                self._config.name,
+                session.site,
+            )
+
+    def belong_to(self, config: PoolConfig) -> bool:
+        """Whether these are leases of that pool, be it of an earlier opening."""
+        return self._config is config
+
+    async def putconn(self, connection: PooledConnection) -> None:
+        """What psycopg calls when the user closes a leased connection."""
+        self.end_lease(connection)
+
+    def reject_lease(self, connection: PooledConnection) -> None:
+        """`setup` has raised: close the connection."""
+        session = connection._session
+        severed = session.lease == SEVERED
+        session.lease = NOT_LEASED
+        if not severed:
+            session.connection = connection
+            self._perform(self._machine.discard(cast(Slot, session.slot), CloseReason.SETUP_FAILED, monotonic()))
+
+    def adopt(self, session: Session) -> None:
+        """Notice when the session's connection object is collected while it is leased."""
+        session.reference = weakref.ref(session.connection, partial(self._on_collected, session))
+
+    def _on_collected(self, session: Session, _: object) -> None:
+        # Called by the garbage collector, in any thread and at any moment: it may take no lock.
+        slot = session.slot
+        if slot is None or slot.state is not LEASED:
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._take_back_lost, session, slot.uses)
+        except RuntimeError:
+            session.abandon()  # the loop is closed
+
+    def _take_back_lost(self, session: Session, lease: int) -> None:
+        slot = session.slot
+        if slot is None or slot.state is not LEASED or slot.uses != lease:
+            return
+        site = session.stack or session.site
+        self._perform(self._machine.discard(slot, CloseReason.LEASE_LOST, monotonic()))
+        warnings.warn(
+            f"{self._config.name}: a connection was dropped without release, and is closed (acquired at {site})",
+            ResourceWarning,
+            stacklevel=1,
+        )
+
+    def renew_for_debug(self, session: Session) -> PooledConnection:
+        """With `debug`: keep the acquire's full stack, and take a connection object that no other lease shares."""
+        if self._debug:
+            session.stack = "".join(traceback.format_stack()[:-2])
+            session.connection = session.connection._renewed()
+            self.adopt(session)
+        connection: PooledConnection = session.connection
+        return connection
+
+    # --- long-held leases -----------------------------------------------------------------------------------
+
+    def watch_long_held(self) -> None:
+        """Warn of leases that last longer than `long_held_after`, once each; look again when the next could."""
+        limit = self._config.long_held_after
+        assert limit is not None
+        now = monotonic()
+        due = now + limit
+        for slot in self._machine.leases():
+            session = slot.resource
+            assert isinstance(session, Session)
+            if session.held_warned:
+                continue
+            if now < slot.leased_at + limit:
+                due = min(due, slot.leased_at + limit)
+                continue
+            session.held_warned = True
+            logger.warning(
+                "%s: a connection is held for %.3g s, longer than long_held_after=%.3g s (acquired at %s)",
+                self._config.name,
+                now - slot.leased_at,
+                limit,
+                session.stack or session.site,
+            )
+        self._held_timer = self._loop.call_later(due - now, self.watch_long_held)
+
+    def _note_returned(self, session: Session, now: float) -> None:
+        session.held_warned = False
+        assert session.slot is not None
+        logger.warning(
+            "%s: the long-held connection came back after %.3g s (acquired at %s)",
+            self._config.name,
+            now - session.slot.leased_at,
+            session.site,
+        )
+
+    def stop(self) -> None:
+        """Look for long-held leases no more."""
+        if self._held_timer is not None:
+            self._held_timer.cancel()
+            self._held_timer = None
+
+
+def describe_unfinished(connection: PooledConnection) -> str:
+    """What a connection is in the middle of, so that it cannot be used by anyone else; empty: nothing."""
+    if connection._pipeline is not None or connection.pgconn.pipeline_status:
+        return "in pipeline mode"
+    if connection._num_transactions:
+        return "inside conn.transaction()"
+    if connection._tpc is not None:
+        return "in a two-phase transaction"
+    if connection.lock.locked():
+        return "in the middle of a statement, COPY or stream()"
+    if connection.pgconn.transaction_status == ACTIVE:
+        return "with results half-read"
+    return ""
