@@ -370,6 +370,8 @@ def _user_and_password(address: str) -> str:
 
 def _variants(secrets: Iterable[str]) -> set[str]:
     forms = {form for secret in secrets for form in (secret, unquote(secret))}
+    # libpq strips spaces around the values of a URL.
+    forms |= {form.strip() for form in forms}
     forms |= {quote(form, safe="", errors="replace") for form in forms}
     # As in psycopg's messages, which show some values by repr().
     return forms | {repr(form)[1:-1] for form in forms}

@@ -11,23 +11,29 @@ import asyncio
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from contextlib import AbstractAsyncContextManager
 
 # Connections are of five different classes here; nothing is asked of them but `select 1`.
 Connection = Any
 
 
+class Block(Protocol):
+    """What `async with` takes."""
+
+    def __aenter__(self) -> Awaitable[Connection]: ...
+    def __aexit__(self, *exc_info: Any) -> Awaitable[bool | None]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class OpenPool:
-    """A pool, open and warm. `block` is what `async with` takes, `select_one` fetches one row."""
+    """A pool, open and warm. `select_one` runs one statement and fetches its row."""
 
     acquire: Callable[[], Awaitable[Connection]]
     release: Callable[[Connection], Awaitable[Any]]
-    block: Callable[[], AbstractAsyncContextManager[Connection]]
+    block: Callable[[], Block]
     select_one: Callable[[Connection], Awaitable[None]]
     close: Callable[[], Awaitable[Any]]
 

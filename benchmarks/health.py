@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import harness
 import psycopg
@@ -22,6 +22,9 @@ from harness import Table
 from psycopg_pool import AsyncConnectionPool
 
 from asyncpool import Pool
+
+if TYPE_CHECKING:
+    from contenders import Block
 
 SIZE = 10
 APPLICATION = "asyncpool benchmark"
@@ -34,7 +37,7 @@ GIVE_UP_AFTER = 2.0
 class Watched(Protocol):
     name: str
 
-    def block(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]: ...
+    def block(self) -> Block: ...
     def idle(self) -> int: ...
     def connects(self) -> int: ...
     async def open(self) -> None: ...

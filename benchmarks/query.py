@@ -43,7 +43,7 @@ async def select_one(pool: OpenPool, count: int) -> float:
 async def measure(url: str, rounds: int) -> Samples:
     ready = harness.installed([*contenders.BASELINES, *contenders.POOLS])
     async with harness.opened(ready, url, SIZE) as pools:
-        return await harness.interleaved([Case(CASE, select_one, seconds=0.4)], pools, rounds)
+        return await harness.interleaved([Case(CASE, select_one, seconds=0.3)], pools, rounds)
 
 
 def measured_elsewhere(url: str, rounds: int, loop: str) -> Samples:

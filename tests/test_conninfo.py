@@ -190,8 +190,11 @@ ANY_PASSWORD = st.text(st.sampled_from("abcXYZ0189 @@%:/?#&=,;'\"\\[]()~-_.ßé�
 @given(st.sampled_from(sorted(SHAPES)), ANY_PASSWORD)
 @example("url", "1234/ab'cd@ef")
 @example("url", '="0%"')
+@example("url", '/0;00:"0')
+@example("url", '@?user= "secretword@')
 @example("url", '=" after secret%"')
 @example("key=value", '=" after " a secret "')
+@example("url", ": Zq9/")
 @example("url", "99/Xab,cXYZ@aaaa")
 def test_no_message_holds_a_part_of_any_password(shape: str, password: str) -> None:
     assert not leaks(password, steps_towards_a_connection(SHAPES[shape].format(password), {}))
@@ -307,6 +310,7 @@ def test_a_name_the_server_cut_short_is_masked_as_well() -> None:
         ("port=5432,70000 host=a,b", "port is not a number between 1 and 65535"),
         ("host=a,b port=1,2,3", "could not match 3 port numbers to 2 hosts"),
         ("host=a,b hostaddr=10.0.0.1", "could not match 2 host names to 1 hostaddr values"),
+        ("host=db..example", "host is not a valid host name"),
         ("hostaddr=db.example", "hostaddr is not an IP address"),
         ("connect_timeout=soon", "connect_timeout is not a number"),
         ("connect_timeout=inf", "connect_timeout is not a number"),

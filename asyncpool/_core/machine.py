@@ -317,7 +317,7 @@ class PoolMachine:
         """Change the bounds. Idle connections in excess close at once, leased ones when given back."""
         self.min_size = min_size
         self.max_size = max_size
-        for slot in list(self._connecting)[: max(0, self._excess() - len(self._idle))]:
+        for slot in list(self._connecting)[: max(0, self._excess())]:
             self._close(slot, CloseReason.SHRUNK)
         self._note_opened()
         return self._settle(now)

@@ -156,10 +156,10 @@ class Leases:
         """Notice when the session's connection object is collected while it is leased."""
         session.reference = weakref.ref(session.connection, partial(self._on_collected, session))
 
-    def _on_collected(self, session: Session, _: object) -> None:
+    def _on_collected(self, session: Session, reference: object) -> None:
         # Called by the garbage collector, in any thread and at any moment: it may take no lock.
         slot = session.slot
-        if slot is None or slot.state is not LEASED:
+        if slot is None or slot.state is not LEASED or session.reference is not reference:
             return
         try:
             self._loop.call_soon_threadsafe(self._take_back_lost, session, slot.uses)
@@ -171,6 +171,8 @@ class Leases:
         if slot is None or slot.state is not LEASED or slot.uses != lease:
             return
         site = session.stack or session.site
+        session.lease = SEVERED
+        session.touched = True
         self._perform(self._machine.discard(slot, CloseReason.LEASE_LOST, monotonic()))
         warnings.warn(
             f"{self._config.name}: a connection was dropped without release, and is closed (acquired at {site})",
@@ -182,8 +184,9 @@ class Leases:
         """With `debug`: keep the acquire's full stack, and take a connection object that no other lease shares."""
         if self._debug:
             session.stack = "".join(traceback.format_stack()[:-2])
-            session.connection = session.connection._renewed()
-            self.adopt(session)
+            former = session.connection
+            session.connection = former._renewed()
+            self.adopt(session)  # before the former one can be collected: it is not lost
         connection: PooledConnection = session.connection
         return connection
 

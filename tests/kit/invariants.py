@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asyncpool._core.effects import Close, Connect, Opened, Refusal, Refuse
@@ -11,12 +12,24 @@ from asyncpool._core.states import PoolPhase, SlotState
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from asyncpool._core.machine import Slot
-    from kit.virtual_pool import History, VirtualPool
+    from asyncpool._core.slot import Slot
+    from kit.virtual_pool import VirtualPool
 
 CONNECTING, IDLE, LEASED, CHECKING, RECYCLING, CLOSING, GONE = SlotState
 
 BUSY = (CONNECTING, CHECKING, RECYCLING, CLOSING)
+
+
+@dataclass
+class History:
+    """What the world remembers of a connection by itself, to judge the machine by."""
+
+    born: float = NEVER
+    answered_at: float = -NEVER
+    free_since: float = -NEVER
+    leases: int = 0
+    suspect: bool = False  # must answer before anybody gets it
+    barred: bool = False  # nobody may get it any more
 
 
 def check_all(pool: VirtualPool) -> None:
@@ -56,7 +69,7 @@ def check_bounds(pool: VirtualPool) -> None:
             assert not machine.count(IDLE), "idle beyond max_size"
             assert not machine.count(CONNECTING), "connecting beyond max_size"
     assert machine.count(CONNECTING) <= pool.config.max_connecting
-    assert len(machine._deadlines) <= 2 * machine.waiting + 65, "deadlines of those who left pile up"
+    assert len(machine._waiters._deadlines) <= 2 * machine.waiting + 65, "deadlines of those who left pile up"
 
 
 def check_totals(pool: VirtualPool) -> None:

@@ -21,21 +21,22 @@ from asyncpool._core.effects import (
     Refuse,
     WakeAt,
 )
-from asyncpool._core.machine import PoolMachine, Slot, Waiter
+from asyncpool._core.machine import PoolMachine
 from asyncpool._core.policy import NEVER, ConnectFailure
-from asyncpool._core.states import SlotState
+from asyncpool._core.queue import Waiter
+from asyncpool._core.slot import Slot
 from asyncpool.config import PoolConfig
 from asyncpool.events import CloseReason
 from kit import invariants
+from kit.invariants import CHECKING, CLOSING, CONNECTING, GONE, IDLE, RECYCLING, History
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Self, Unpack
 
     from asyncpool._core.effects import Effect, Effects
+    from asyncpool._core.states import SlotState
     from asyncpool.config import PoolOptions
-
-CONNECTING, IDLE, LEASED, CHECKING, RECYCLING, CLOSING, GONE = SlotState
 
 WORK: dict[type[Effect], SlotState] = {
     Connect: CONNECTING,
@@ -43,18 +44,6 @@ WORK: dict[type[Effect], SlotState] = {
     Recycle: RECYCLING,
     Close: CLOSING,
 }
-
-
-@dataclass
-class History:
-    """What the world remembers of a connection by itself, to judge the machine by."""
-
-    born: float = NEVER
-    answered_at: float = -NEVER
-    free_since: float = -NEVER
-    leases: int = 0
-    suspect: bool = False  # must answer before anybody gets it
-    barred: bool = False  # nobody may get it any more
 
 
 @dataclass
@@ -100,11 +89,15 @@ class VirtualPool:
         """Oldest first; idle ones in the machine's order."""
         if state is IDLE:
             return self.machine.idle_slots()
-        return sorted((slot for slot in self.machine.slots() if slot.state is state), key=lambda slot: slot.number)
+        return in_order(slot for slot in self.machine.slots() if slot.state is state)
 
     def emitted(self, kind: type[Effect]) -> int:
         """How many effects of this kind the last step had."""
         return sum(isinstance(effect, kind) for effect in self.effects)
+
+    def emitted_closes(self) -> list[CloseReason]:
+        """Why the last step closed connections."""
+        return [effect.reason for effect in self.effects if isinstance(effect, Close)]
 
     # --- callers --------------------------------------------------------------------------------------------
 
@@ -235,8 +228,8 @@ class VirtualPool:
     def finish_work(self) -> None:
         """Everything that is under way ends well, and what follows from it, until nothing is under way."""
         while self.work:
-            slot, state = next(iter(self.work.items()))
-            self.tell(slot, state, well=True)
+            slot = in_order(self.work)[0]
+            self.tell(slot, self.work[slot], well=True)
 
     def disconnect(self, slot: Slot) -> None:
         """The server ends a session, and the watch sees it."""
@@ -357,6 +350,11 @@ class VirtualPool:
         self.queue.remove(effect.waiter)
         self.refused[effect.waiter] = effect.refusal
         self.refusals[effect.refusal] += 1
+
+
+def in_order(slots: Iterable[Slot]) -> list[Slot]:
+    """Oldest first: whatever order they come in, a test that picks one can be repeated."""
+    return sorted(slots, key=lambda slot: slot.number)
 
 
 def virtual_pool(draw: Callable[[], float] = lambda: 0.5, **options: Unpack[PoolOptions]) -> VirtualPool:
