@@ -45,6 +45,38 @@ class IllegalMove(AssertionError):
 class PoolMachine:
     """The pool's decisions. `draw` returns a random float in [0, 1)."""
 
+    __slots__ = (
+        "_backoff",
+        "_check_interval",
+        "_checking",
+        "_closing",
+        "_config",
+        "_connecting",
+        "_draw",
+        "_effects",
+        "_idle",
+        "_leased",
+        "_max_idle",
+        "_max_uses",
+        "_members",
+        "_numbers",
+        "_recycling",
+        "_single_round",
+        "_slots",
+        "_turned_away",
+        "_waiters",
+        "_wake_at",
+        "closes",
+        "connect_errors",
+        "connects",
+        "generation",
+        "max_size",
+        "min_size",
+        "phase",
+        "timeouts",
+        "uses_of_gone",
+    )
+
     def __init__(self, config: PoolConfig, draw: Callable[[], float]) -> None:
         self._config = config
         self._draw = draw
@@ -123,7 +155,10 @@ class PoolMachine:
         if self._idle:
             slot = self._idle[-1]
             if now < slot.fresh_until:
-                self._move(slot, LEASED)
+                # `_move` in line: with that in `give_back`, a sixth of the cost of acquire and release.
+                self._idle.pop()
+                slot.state = LEASED
+                self._leased.add(slot)
                 slot.leased_at = now
                 slot.uses += 1
                 if slot.uses >= self._max_uses:
@@ -178,8 +213,14 @@ class PoolMachine:
         slot.fresh_until = min(slot.expires_at, fresh_until)
         if self._waiters and now < fresh_until and now < slot.retires_at:
             return (self._hand_over(slot, now),)
-        self._move(slot, IDLE)
-        if self._waiters or slot.fresh_until < self._wake_at or slot.retires_at < self._wake_at:
+        self._leased.remove(slot)  # `_move` in line, as in `take`; nobody has been idle for a shorter time
+        slot.state = IDLE
+        self._idle.append(slot)
+        if self._waiters:
+            if now >= slot.fresh_until:
+                self._start_check(slot)  # also if others are being checked already: it may be here before them
+            return self._settle(now)
+        if slot.fresh_until < self._wake_at or slot.retires_at < self._wake_at:
             return self._settle(now)
         return NO_EFFECTS
 
@@ -341,7 +382,7 @@ class PoolMachine:
     # --- the two life cycles --------------------------------------------------------------------------------
 
     def _move(self, slot: Slot, to: SlotState) -> None:
-        """The one place where a slot changes its state."""
+        """The one place where a slot changes its state, but for the hot moves of `take` and `give_back`."""
         state = slot.state
         if to not in LEGAL_MOVES[state]:
             raise IllegalMove(f"{slot!r} to {to.name}")

@@ -24,52 +24,68 @@ class Waiter:
 
 
 class WaiterQueue(OrderedDict[Waiter, None]):
-    """The waiters in their order. Every operation costs the same however many wait."""
+    """The waiters in their order. Every operation costs the same however many wait.
+
+    Most come with the same timeout, so that their deadlines are in the order of the queue and the first waiter's is
+    the next. Only those that are not go into a heap.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._deadlines: list[tuple[float, int, Waiter]] = []  # a heap; may hold waiters that have left
+        self._latest = -NEVER  # of the deadlines that are in order
+        self._early: list[tuple[float, int, Waiter]] = []  # a heap of the others; may hold waiters that have left
         self._numbers = 0
 
     def append(self, waiter: Waiter) -> None:
         """Put a waiter at the end."""
-        self[waiter] = None
-        if waiter.deadline != NEVER:
+        if waiter.deadline >= self._latest or not self:
+            self._latest = waiter.deadline
+        else:
             self._numbers += 1
-            heapq.heappush(self._deadlines, (waiter.deadline, self._numbers, waiter))
+            heapq.heappush(self._early, (waiter.deadline, self._numbers, waiter))
+        self[waiter] = None
 
     def pop_first(self) -> Waiter:
         """Take the one that has waited longest."""
         waiter, _ = self.popitem(last=False)
-        self._forget_deadlines()
+        if self._early:
+            self._forget_early()
         return waiter
 
     def discard(self, waiter: Waiter) -> None:
         """Take a waiter out, if it is there."""
         if waiter in self:
             del self[waiter]
-            self._forget_deadlines()
+            if self._early:
+                self._forget_early()
 
     def pop_overdue(self, now: float) -> Iterator[Waiter]:
         """Take out all whose deadline has come."""
-        deadlines = self._deadlines
-        while deadlines and (deadlines[0][0] <= now or deadlines[0][2] not in self):
-            _, _, waiter = heapq.heappop(deadlines)
+        while self and (first := next(iter(self))).deadline <= now:
+            del self[first]
+            yield first
+        early = self._early
+        while early and (early[0][0] <= now or early[0][2] not in self):
+            _, _, waiter = heapq.heappop(early)
             if waiter in self:
                 del self[waiter]
                 yield waiter
 
     def next_deadline(self) -> float:
-        """No later than the first deadline: that of a waiter that has left may still count."""
-        return self._deadlines[0][0] if self._deadlines else NEVER
+        """No later than the first deadline: that of a waiter that has left may still count.
+
+        Whoever is in order behind the first waiter has a later deadline than it, be the first in order or early.
+        """
+        first = next(iter(self)).deadline if self else NEVER
+        return min(first, self._early[0][0]) if self._early else first
 
     def clear(self) -> None:
         """Let all go."""
         super().clear()
-        self._deadlines.clear()
+        self._early.clear()
 
-    def _forget_deadlines(self) -> None:
-        """Drop those of waiters that have left, once they are the majority: a constant cost per waiter."""
-        if len(self._deadlines) > 2 * len(self) + 64:
-            self._deadlines = [entry for entry in self._deadlines if entry[2] in self]
-            heapq.heapify(self._deadlines)
+    def _forget_early(self) -> None:
+        """Drop those that have left from the heap, once they are the majority: a constant cost per waiter."""
+        if len(self._early) > 2 * len(self) + 64:
+            self._early = [entry for entry in self._early if entry[2] in self]
+            heapq.heapify(self._early)

@@ -6,18 +6,17 @@ from collections.abc import Awaitable, Generator
 from threading import get_ident
 from time import monotonic
 from types import CodeType, TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from psycopg import AsyncConnection, pq
 
 from .._core.policy import NEVER
-from .._core.slot import Slot
 from ..config import check_timeout
 from ..errors import PoolClosed, PoolError
 from .connection import PooledConnection
-from .leases import LEASED, describe_unfinished
+from .leases import LEASED, WATCH_STALENESS, describe_unfinished
 from .reader import BAD
-from .runner import WATCH_STALENESS, FutureWaiter, Runner
+from .runner import FutureWaiter, Runner
 from .session import IDLE, Session
 
 C = TypeVar("C", bound=AsyncConnection[Any])
@@ -58,7 +57,15 @@ class Acquisition(Generic[C]):
             watch.poll()
         slot = runner.machine.take(now)
         if slot is None:
-            slot = yield from self._wait(now)
+            waiter = self._enqueue(now)
+            try:
+                yield from waiter.future
+            except BaseException:
+                runner.perform(runner.machine.withdraw(waiter, monotonic()))
+                raise
+            slot = waiter.slot
+            if slot is None or slot.state is not LEASED:
+                raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
         session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
         session.site_code = self._code
         session.site_offset = self._offset
@@ -70,7 +77,7 @@ class Acquisition(Generic[C]):
             yield from self._set_up(connection).__await__()
         return connection  # type: ignore[no-any-return]  # of the class that the pool was given
 
-    def _wait(self, now: float) -> Generator[Any, Any, Slot]:
+    def _enqueue(self, now: float) -> FutureWaiter:
         runner = self._runner
         timeout = self._timeout
         if isinstance(timeout, Default):
@@ -79,16 +86,9 @@ class Acquisition(Generic[C]):
             check_timeout("timeout", timeout)
         deadline = NEVER if timeout is None else now + timeout
         waiter = FutureWaiter(deadline, now, runner.loop.create_future())
-        runner.perform(runner.machine.enqueue(waiter, now))
-        try:
-            yield from waiter.future
-        except BaseException:
-            runner.perform(runner.machine.withdraw(waiter, monotonic()))
-            raise
-        assert waiter.slot is not None
-        if waiter.slot.state is not LEASED:
-            raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
-        return waiter.slot
+        if effects := runner.machine.enqueue(waiter, now):
+            runner.perform(effects)
+        return waiter
 
     async def _set_up(self, connection: PooledConnection) -> None:
         runner = self._runner
@@ -103,12 +103,23 @@ class Acquisition(Generic[C]):
             runner.leases.end_lease(connection, after_block=True)
             raise
 
-    def __aenter__(self) -> Awaitable[C]:
-        return self
+    if TYPE_CHECKING:  # typeshed's AsyncExitStack wants coroutines
 
-    def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> Awaitable[None]:
+        async def __aenter__(self) -> C: ...
+
+        async def __aexit__(
+            self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+        ) -> None: ...
+
+    else:
+
+        def __aenter__(self):
+            return self
+
+        def __aexit__(self, exc_type, exc, tb):
+            return self._exit(exc_type)
+
+    def _exit(self, exc_type: type[BaseException] | None) -> Awaitable[None]:
         runner = self._runner
         connection: PooledConnection = self._connection
         if connection._session.lease != self._lease or runner.leases.give_back_clean(connection):

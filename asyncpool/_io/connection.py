@@ -59,6 +59,9 @@ class PooledConnection(AsyncConnection[Any]):
                 reader.yielded_at = monotonic()
             result: RV = done.value
             return result
+        except BaseException:
+            reader.stop_if_lost()
+            raise
         future = reader.drive(gen, state)
         timer = reader.loop.call_later(timeout, reader.expire) if timeout is not None else None
         try:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import anyio
 from psycopg import AsyncConnection, InterfaceError, OperationalError, ProgrammingError, pq
 from psycopg import errors as e
+from psycopg._preparing import PrepareManager
 from psycopg.abc import ConnDict
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_attempts, make_conninfo
@@ -244,20 +245,18 @@ class Driver:
         """Roll back, and reset as the `reset` option says. Raises Unusable."""
         try:
             with anyio.fail_after(self._config.check_timeout):
-                if session.pgconn.transaction_status != IDLE:
-                    await session.command(b"ROLLBACK")
-                if session.pgconn.transaction_status != IDLE:
-                    raise ProgrammingError("ROLLBACK did not end the transaction")
+                await self._roll_back(session)
                 if self._config.reset == "session":
                     await session.command(_SESSION_RESET)
                 elif self._config.reset == "discard":
                     await session.command(_DISCARD)
             self._restore_client_state(session)
+            session.prepared = session.connection._prepared._prepared_idx
             if callable(self._config.reset):
                 await self._call(self._config.reset, session)
                 self._restore_client_state(session)
             elif self._config.reset != "rollback":
-                session.connection._prepared = type(session.connection._prepared)()
+                session.connection._prepared = _anew(session.connection._prepared)
                 self._restore_client_state(session)
                 if self._config.configure is not None:
                     await self._call(self._config.configure, session)
@@ -265,6 +264,18 @@ class Driver:
         except Exception as ex:
             reason = CloseReason.DISCONNECTED if session.pgconn.status == BAD else CloseReason.RESET_FAILED
             raise Unusable(reason, f"reset: {_brief(ex)}") from ex
+
+    async def _roll_back(self, session: Session) -> None:
+        if session.pgconn.transaction_status == IDLE:
+            return
+        await session.command(b"ROLLBACK")
+        if session.pgconn.transaction_status != IDLE:
+            raise ProgrammingError("ROLLBACK did not end the transaction")
+        prepared = session.connection._prepared
+        if prepared._prepared_idx != session.prepared:
+            # What was prepared in this lease may rely on what was rolled back, and would fail with 0A000.
+            await session.command(b"DEALLOCATE ALL")
+            session.connection._prepared = _anew(prepared)
 
     async def set_up_lease(self, connection: PooledConnection) -> None:
         """Run `setup`, which the caller waits for. Raises what it raises."""
@@ -285,6 +296,13 @@ class Driver:
             await call_user(callback, session.connection, self._config.check_timeout)
         finally:
             session.lease = NOT_LEASED
+
+
+def _anew(prepared: PrepareManager) -> PrepareManager:
+    """An empty cache of prepared statements that goes on with their numbers, to tell old from new."""
+    empty = PrepareManager()
+    empty._prepared_idx = prepared._prepared_idx
+    return empty
 
 
 _NOT_LIBPQ = PSYCOPG_OPTIONS | {"connection_class"}

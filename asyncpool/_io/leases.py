@@ -24,8 +24,13 @@ from .client_state import read_client_state
 from .connection import PooledConnection
 from .reader import BAD
 from .session import ACTIVE, IDLE, NOT_LEASED, SEVERED, Session
+from .watch import DisconnectWatch
 
 logger = logging.getLogger("asyncpool")
+
+# How old the last look at the disconnect watch may be when a connection is handed out, in seconds: for a loop
+# that was too busy to look by itself. The look takes about 0.5 µs.
+WATCH_STALENESS = 0.001
 
 LEASED = SlotState.LEASED
 _TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
@@ -40,15 +45,16 @@ class Leases:
         self,
         config: PoolConfig,
         machine: PoolMachine,
+        watch: DisconnectWatch[Session],
         perform: Callable[[Effects], None],
-        loop: asyncio.AbstractEventLoop,
         *,
         debug: bool,
     ) -> None:
         self._config = config
         self._machine = machine
         self._perform = perform
-        self._loop = loop
+        self._watch = watch
+        self._loop = watch.loop
         self._debug = debug
         self._reset_needed = config.reset != "rollback"
         self._warned_in_transaction = False
@@ -64,6 +70,8 @@ class Leases:
         now = monotonic()
         if session.held_warned:
             self._note_returned(session, now)
+        if self._machine.waiting and now - self._watch.polled_at > WATCH_STALENESS:
+            self._watch.poll()  # it is handed out at once
         slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased; a cast() takes time
         effects = self._machine.give_back(slot, session.reader.answered_at, now)
         if effects:
@@ -81,6 +89,7 @@ class Leases:
         ):
             return False
         session.touched = session.in_transaction = False
+        session.prepared = connection._prepared._prepared_idx
         return True
 
     def end_lease(self, connection: PooledConnection, *, after_block: bool = False) -> None:

@@ -90,6 +90,9 @@ class Reader:
         except StopIteration as done:
             result: RV = done.value
             return result
+        except BaseException:
+            self.stop_if_lost()
+            raise
         return await self.drive(generator, state)
 
     def expire(self) -> None:
@@ -111,6 +114,21 @@ class Reader:
         if self.on_lost is not None:
             self.on_lost()
             self.on_lost = None
+
+    def stop_if_lost(self) -> None:
+        """libpq closes the socket when it finds it dead. The number may be another socket's in a moment, which the
+        event loop would take for the old one.
+        """
+        if self._pgconn.status == BAD:
+            self.stop()
+
+    def renew(self) -> None:
+        """The peer has closed the socket: register anew, as uvloop may have dropped the reader by itself."""
+        if self._reading:
+            self._stop_reading()
+            if self._future is not None and self._state & READ:
+                self.loop.add_reader(self.fd, self._on_readable)
+                self._reading = True
 
     def fail(self) -> None:
         """The PGconn is finished: let the generator that waits for it find out."""
@@ -171,10 +189,7 @@ class Reader:
         self._generator = None
         if self._writing:
             self._set_writing(False)
-        if self._pgconn.status == BAD:
-            # libpq closes the socket when it finds it dead. The number may be another socket's in a moment, which
-            # the event loop would take for the old one.
-            self.stop()
+        self.stop_if_lost()
 
     def _on_readable(self) -> None:
         future = self._future
@@ -184,6 +199,9 @@ class Reader:
             return
         self.answered_at = self.yielded_at = monotonic()
         self._advance(_READY_R)
+        # uvloop stops calling for a socket that was reset, whatever is left to be read.
+        while not future.done() and self._state & READ and _has_failed(self.fd):
+            self._advance(_READY_R)
 
     def _on_writable(self) -> None:
         if self._future is None or self._future.done():
@@ -225,12 +243,20 @@ if hasattr(select, "poll"):
                 ready |= _READY_W
         return Ready(ready)
 
+    def _has_failed(fd: int) -> bool:
+        poll = select.poll()
+        poll.register(fd, 0)
+        return bool(poll.poll(0))
+
 else:
 
     def poll_ready(fd: int, state: int) -> Ready:
         """Which of READ and WRITE in `state` the socket is ready for, now."""
         readable, writable, _ = select.select([fd] if state & READ else [], [fd] if state & WRITE else [], [], 0)
         return Ready((_READY_R if readable else 0) | (_READY_W if writable else 0))
+
+    def _has_failed(fd: int) -> bool:
+        return False
 
 
 def socket_of(pgconn: PGconn) -> int | None:

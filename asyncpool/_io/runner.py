@@ -44,10 +44,6 @@ from .leases import LEASED, Leases, logger
 from .session import SEVERED, Session
 from .watch import DisconnectWatch
 
-# How old the last look at the disconnect watch may be when a connection is handed out, in seconds: for a loop
-# that was too busy to look by itself. The look takes about 0.5 µs.
-WATCH_STALENESS = 0.001
-
 
 class FutureWaiter(Waiter):
     """A task in the queue, woken through its future."""
@@ -72,8 +68,8 @@ class Runner:
         self.finished: asyncio.Future[None] = self.loop.create_future()  # for what was done when it was called
         self.finished.set_result(None)
         self.machine = PoolMachine(config, random.random)
-        self.leases = Leases(config, self.machine, self.perform, self.loop, debug=debug)
         self.watch: DisconnectWatch[Session] = DisconnectWatch(self.loop, self._on_disconnect)
+        self.leases = Leases(config, self.machine, self.watch, self.perform, debug=debug)
         self.opening: asyncio.Future[None] = self.loop.create_future()
         self.closing: asyncio.Future[None] = self.loop.create_future()
         self.last_connect_error: Exception | None = None
@@ -87,7 +83,6 @@ class Runner:
             Check: lambda effect: self._start(effect.slot, "check", self._check(effect.slot)),
             Recycle: lambda effect: self._start(effect.slot, "recycle", self._recycle(effect.slot)),
             Close: self._on_close,
-            Grant: self._on_grant,
             Refuse: self._on_refuse,
             WakeAt: self._on_wake_at,
             Opened: lambda effect: _resolve(self.opening),
@@ -108,7 +103,10 @@ class Runner:
     def perform(self, effects: Effects) -> None:
         """Carry out what the machine wants."""
         for effect in effects:
-            self._perform[type(effect)](effect)
+            if type(effect) is Grant:
+                self._on_grant(effect)  # past the table: it is the one that comes often
+            else:
+                self._perform[type(effect)](effect)
 
     # --- opening and closing --------------------------------------------------------------------------------
 
@@ -183,10 +181,9 @@ class Runner:
     # --- effects --------------------------------------------------------------------------------------------
 
     def _on_grant(self, grant: Grant) -> None:
-        waiter = grant.waiter
-        assert isinstance(waiter, FutureWaiter)
-        if not waiter.future.done():  # else it was cancelled, and will withdraw when it runs
-            waiter.future.set_result(None)
+        future = grant.waiter.future  # type: ignore[attr-defined]  # a FutureWaiter, as all of ours
+        if not future.done():  # else it was cancelled, and will withdraw when it runs
+            future.set_result(None)
 
     def _on_refuse(self, refuse: Refuse) -> None:
         waiter = refuse.waiter
@@ -232,6 +229,7 @@ class Runner:
         self.perform(self.machine.wake(monotonic()))
 
     def _on_disconnect(self, session: Session) -> None:
+        session.reader.renew()
         if session.slot is not None:
             self.perform(self.machine.disconnected(session.slot, monotonic()))
 

@@ -57,6 +57,7 @@ class Session:
         "in_transaction",
         "lease",
         "pgconn",
+        "prepared",
         "reader",
         "reference",
         "site_code",
@@ -77,6 +78,7 @@ class Session:
         self.ending: socket.socket | None = None  # after `sever`: the server's end of the session comes here
         self.cancel: PGcancelConn | None = None  # and by this it is asked to stop working for it
         self.lease = NOT_LEASED  # the number of the current lease
+        self.prepared = 0  # how many statements psycopg had prepared when the last lease ended
         self.touched = False  # whether anything may have changed in the current lease, on the server or here
         self.in_transaction = False  # whether losing the connection now would lose work
         self.site_code: CodeType | None = None
@@ -91,7 +93,11 @@ class Session:
 
     async def command(self, sql: bytes) -> list[PGresult]:
         """Run SQL by the simple protocol, below psycopg's transactions and caches. Raises the server's error."""
-        self.pgconn.send_query(sql)
+        try:
+            self.pgconn.send_query(sql)
+        except e.Error:
+            self.reader.stop_if_lost()
+            raise
         results: list[PGresult] = await self.reader.run(execute(self.pgconn))
         for result in results:
             if result.status not in _FINE:

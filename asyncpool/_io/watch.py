@@ -32,7 +32,7 @@ class DisconnectWatch(Generic[T]):
     """Calls `on_disconnect(item)` when the peer of an item's socket has closed it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_disconnect: Callable[[T], None]) -> None:
-        self._loop = loop
+        self.loop = loop
         self._on_disconnect = on_disconnect
         self._items: dict[int, T] = {}
         self._pid = os.getpid()
@@ -73,8 +73,8 @@ class DisconnectWatch(Generic[T]):
         """Stop watching everything."""
         self._items.clear()
         if self._poller is not None:
-            if not self._loop.is_closed() and os.getpid() == self._pid:
-                self._loop.remove_reader(self._poller.fileno())
+            if not self.loop.is_closed() and os.getpid() == self._pid:
+                self.loop.remove_reader(self._poller.fileno())
             self._poller.close()
             self._poller = None
 
