@@ -20,7 +20,6 @@ class CloseReason(StrEnum):
     RESET_FAILED = "reset_failed"
     SETUP_FAILED = "setup_failed"
     CONFIGURE_FAILED = "configure_failed"
-    CONNECT_FAILED = "connect_failed"
     RETURNED_BUSY = "returned_busy"
     LEASE_LOST = "lease_lost"
     POOL_CLOSED = "pool_closed"

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from threading import get_ident
 from time import monotonic
 from types import MappingProxyType, TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, Unpack, cast, overload
 
 import anyio
 from psycopg import AsyncConnection
@@ -40,7 +40,15 @@ from .events import Holder, PoolStats
 _NOT_A_LEASE = (NOT_LEASED, POOLS_OWN)
 _getframe = sys._getframe
 
-C = TypeVar("C", bound=AsyncConnection[Any])
+if TYPE_CHECKING:
+    # The default, which `typing` has from 3.13 on, is for annotations that say `Pool` alone.
+    from typing_extensions import TypeVar
+
+    C = TypeVar("C", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
+else:
+    from typing import TypeVar
+
+    C = TypeVar("C", bound=AsyncConnection[Any])
 Row = TypeVar("Row")
 
 # How long `async with pool` waits at its end for connections that are still leased, in seconds; psycopg_pool's value.

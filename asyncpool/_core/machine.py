@@ -34,6 +34,7 @@ from .slot import Slot
 from .states import LEGAL_MOVES, LEGAL_PHASES, PoolPhase, SlotState
 
 _idle_since = attrgetter("idle_since")
+_number = attrgetter("number")  # the order of sets is that of memory: the same inputs are to have the same effects
 
 CONNECTING, IDLE, LEASED, CHECKING, RECYCLING, CLOSING, GONE = SlotState
 
@@ -259,11 +260,18 @@ class PoolMachine:
         self._note_opened()
         return self._settle(now)
 
-    def connect_failed(self, slot: Slot, failure: ConnectFailure, now: float) -> Effects:
-        """No connection came of it, and the server counts none for it any more."""
+    def connect_failed(
+        self, slot: Slot, failure: ConnectFailure, now: float, reason: CloseReason | None = None
+    ) -> Effects:
+        """No connection came of it, and the server counts none for it any more.
+
+        `reason` is why a connection was closed that was there, but not fit for use.
+        """
         if slot.state is not CONNECTING:
             return NO_EFFECTS
         self.connect_errors += 1
+        if reason is not None:
+            self.closes[reason] = self.closes.get(reason, 0) + 1
         self._backoff.failed(failure, now, self._draw())
         self._move(slot, GONE)
         if self.phase is PoolPhase.OPENING and (failure is ConnectFailure.FINAL or self._single_round):
@@ -341,7 +349,7 @@ class PoolMachine:
             return NO_EFFECTS
         self._enter(PoolPhase.CLOSING)
         self._refuse_all(Refusal.CLOSED)
-        for slot in list(self._slots):
+        for slot in sorted(self._slots, key=_number):
             if slot.state is LEASED:
                 self._doom(slot, CloseReason.POOL_CLOSED)
             elif slot.state is not CLOSING:
@@ -350,7 +358,7 @@ class PoolMachine:
 
     def sever(self, now: float) -> Effects:
         """Close what is still leased while the pool closes."""
-        for slot in list(self._leased):
+        for slot in sorted(self._leased, key=_number):
             self._close(slot, CloseReason.POOL_CLOSED)
         return self._settle(now)
 
@@ -358,7 +366,7 @@ class PoolMachine:
         """Change the bounds. Idle connections in excess close at once, leased ones when given back."""
         self.min_size = min_size
         self.max_size = max_size
-        for slot in list(self._connecting)[: max(0, self._excess())]:
+        for slot in sorted(self._connecting, key=_number)[: max(0, self._excess())]:
             self._close(slot, CloseReason.SHRUNK)
         self._note_opened()
         return self._settle(now)
@@ -366,7 +374,7 @@ class PoolMachine:
     def drain(self, now: float) -> Effects:
         """Replace every connection: idle ones now, leased ones when given back."""
         self.generation += 1
-        for slot in list(self._slots):
+        for slot in sorted(self._slots, key=_number):
             if slot.state in (IDLE, CONNECTING, CHECKING, RECYCLING):
                 self._close(slot, CloseReason.DRAINED)
             elif slot.state is LEASED:

@@ -13,8 +13,8 @@ from psycopg import AsyncConnection, pq
 from .._core.policy import NEVER
 from ..config import check_timeout
 from ..errors import PoolClosed, PoolError
-from .connection import PooledConnection
-from .leases import LEASED, WATCH_STALENESS, describe_unfinished
+from .connection import PooledConnection, describe_unfinished
+from .leases import LEASED, WATCH_STALENESS
 from .reader import BAD
 from .runner import FutureWaiter, Runner
 from .session import IDLE, Session

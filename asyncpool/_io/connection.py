@@ -135,6 +135,21 @@ class PooledConnection(AsyncConnection[Any]):
         return other
 
 
+def describe_unfinished(connection: PooledConnection) -> str:
+    """What a connection is in the middle of, so that it cannot be used by anyone else; empty: nothing."""
+    if connection._pipeline is not None or connection.pgconn.pipeline_status:
+        return "in pipeline mode"
+    if connection._num_transactions:
+        return "inside conn.transaction()"
+    if connection._tpc is not None:
+        return "in a two-phase transaction"
+    if connection.lock.locked():
+        return "in the middle of a statement, COPY or stream()"
+    if connection.pgconn.transaction_status == ACTIVE:
+        return "with results half-read"
+    return ""
+
+
 _classes: dict[type[AsyncConnection[Any]], type[PooledConnection]] = {AsyncConnection: PooledConnection}
 
 

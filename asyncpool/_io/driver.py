@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import inspect
 import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -25,10 +26,10 @@ from ..config import PoolConfig
 from ..conninfo import PSYCOPG_OPTIONS, Redactor, needs_lookup, parse
 from ..events import CloseReason
 from .client_state import Baseline
-from .connection import PooledConnection, pooled_class
+from .connection import PooledConnection, describe_unfinished, pooled_class
 from .libpq import set_verbose_errors, split_sqlstate
 from .reader import BAD, duplicate, socket_of
-from .session import IDLE, NOT_LEASED, POOLS_OWN, Session, call_user, linger
+from .session import IDLE, NOT_LEASED, POOLS_OWN, Session, linger
 from .watch import peer_has_closed
 
 T = TypeVar("T")
@@ -56,10 +57,11 @@ _DISCARD = b"DISCARD ALL"
 class ConnectFailed(Exception):
     """A connect came to nothing: the error to show, free of secrets, and what it says about the next try."""
 
-    def __init__(self, error: Exception, failure: ConnectFailure) -> None:
+    def __init__(self, error: Exception, failure: ConnectFailure, reason: CloseReason | None = None) -> None:
         super().__init__(str(error))
         self.error = error
         self.failure = failure
+        self.reason = reason  # why a connection that was there already is closed again
 
 
 class Unusable(Exception):
@@ -144,16 +146,19 @@ class Driver:
         return await self._set_up(pgconn)
 
     async def _ask_conninfo(self) -> tuple[ConnDict, Redactor]:
-        conninfo = self._conninfo
-        if not isinstance(conninfo, str):
+        conninfo: object = self._conninfo
+        if callable(conninfo):
             try:
                 with anyio.fail_after(self._connect_timeout):
-                    answer = conninfo()
-                    conninfo = answer if isinstance(answer, str) else await answer
+                    answer: object = conninfo()
+                    conninfo = await answer if inspect.isawaitable(answer) else answer
             except Exception as ex:
                 raise ConnectFailed(
                     _named(OperationalError, f"the conninfo callable raised {_brief(ex)}"), _T
                 ) from None
+        if not isinstance(conninfo, str):
+            words = f"the conninfo callable must return a str, not {type(conninfo).__name__}"
+            raise ConnectFailed(TypeError(words), ConnectFailure.FINAL)
         try:
             return parse(conninfo, self._libpq_options), Redactor(conninfo, self._libpq_options)
         except (ProgrammingError, TypeError) as error:
@@ -220,7 +225,7 @@ class Driver:
             except Exception as ex:
                 lost = session.pgconn.status == BAD
                 failure = ConnectFailure.TRANSIENT if lost else ConnectFailure.FINAL
-                raise ConnectFailed(_as_error("configure", ex), failure) from None
+                raise ConnectFailed(_as_error("configure", ex), failure, CloseReason.CONFIGURE_FAILED) from None
         session.baseline = Baseline(session.connection)
 
     # --- check and reset ------------------------------------------------------------------------------------
@@ -281,7 +286,7 @@ class Driver:
         """Run `setup`, which the caller waits for. Raises what it raises."""
         assert self._config.setup is not None
         try:
-            await call_user(self._config.setup, connection, self._config.check_timeout)
+            await _call_user(self._config.setup, connection, self._config.check_timeout)
         except TimeoutError as ex:
             raise _as_error("setup", ex) from None
 
@@ -293,7 +298,7 @@ class Driver:
         """Lend an unleased connection to a callable of the user."""
         session.lease = POOLS_OWN
         try:
-            await call_user(callback, session.connection, self._config.check_timeout)
+            await _call_user(callback, session.connection, self._config.check_timeout)
         finally:
             session.lease = NOT_LEASED
 
@@ -392,6 +397,24 @@ def _brief(ex: BaseException) -> str:
 
 def _named(error_class: type[Exception], words: str) -> Exception:
     return error_class(words.strip())
+
+
+async def _call_user(
+    callback: Callable[[Any], Awaitable[object]], connection: PooledConnection, timeout: float
+) -> None:
+    """Run `configure`, `check`, `setup` or `reset` on a connection. Raises what it raises, or TimeoutError.
+
+    What it leaves open is an error as well: the next user would inherit it.
+    """
+    with anyio.fail_after(timeout):
+        await callback(connection)
+    if (unfinished := describe_unfinished(connection)) or connection.pgconn.transaction_status != IDLE:
+        name = getattr(callback, "__qualname__", repr(callback))
+        status = pq.TransactionStatus(connection.pgconn.transaction_status).name
+        raise ProgrammingError(
+            f"{name} left the connection {unfinished or f'in a transaction ({status})'}: end it there; what only"
+            " sets something can use `await conn.set_autocommit(True)` first"
+        )
 
 
 async def in_daemon_thread(function: Callable[[], T], name: str) -> T:

@@ -21,9 +21,9 @@ from .._core.states import SlotState
 from ..config import PoolConfig
 from ..events import CloseReason
 from .client_state import read_client_state
-from .connection import PooledConnection
+from .connection import PooledConnection, describe_unfinished
 from .reader import BAD
-from .session import ACTIVE, IDLE, NOT_LEASED, SEVERED, Session
+from .session import IDLE, NOT_LEASED, SEVERED, Session
 from .watch import DisconnectWatch
 
 logger = logging.getLogger("asyncpool")
@@ -33,6 +33,7 @@ logger = logging.getLogger("asyncpool")
 WATCH_STALENESS = 0.001
 
 LEASED = SlotState.LEASED
+_IDLE = int(IDLE)
 _TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 
 
@@ -63,7 +64,7 @@ class Leases:
     def give_back_clean(self, connection: PooledConnection) -> bool:
         """End a lease whose connection can go to the next user as it is; False, and nothing done, if it cannot."""
         session = connection._session
-        if session.touched and not self._is_clean(connection, session):
+        if session.pgconn.transaction_status != _IDLE or (session.touched and not self._is_clean(connection, session)):
             return False
         session.lease = NOT_LEASED
         session.connection = connection
@@ -82,7 +83,6 @@ class Leases:
         assert session.baseline is not None
         if (
             self._reset_needed
-            or session.pgconn.transaction_status != IDLE
             or session.lease == SEVERED
             or connection.lock.locked()
             or read_client_state(connection) != session.baseline.state
@@ -240,18 +240,3 @@ class Leases:
         if self._held_timer is not None:
             self._held_timer.cancel()
             self._held_timer = None
-
-
-def describe_unfinished(connection: PooledConnection) -> str:
-    """What a connection is in the middle of, so that it cannot be used by anyone else; empty: nothing."""
-    if connection._pipeline is not None or connection.pgconn.pipeline_status:
-        return "in pipeline mode"
-    if connection._num_transactions:
-        return "inside conn.transaction()"
-    if connection._tpc is not None:
-        return "in a two-phase transaction"
-    if connection.lock.locked():
-        return "in the middle of a statement, COPY or stream()"
-    if connection.pgconn.transaction_status == ACTIVE:
-        return "with results half-read"
-    return ""

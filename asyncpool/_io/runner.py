@@ -123,6 +123,7 @@ class Runner:
 
     def close(self) -> None:
         """Start closing; `closing` is done when the last session is gone."""
+        _resolve(self.opening)  # for whoever waits for it, and looks at the phase
         self.perform(self.machine.close(monotonic()))
 
     def sever(self) -> None:
@@ -263,7 +264,7 @@ class Runner:
                 session = await self.driver.connect()
             except ConnectFailed as failed:
                 self._note_connect_error(failed.error)
-                self.perform(self.machine.connect_failed(slot, failed.failure, monotonic()))
+                self.perform(self.machine.connect_failed(slot, failed.failure, monotonic(), failed.reason))
             except asyncio.CancelledError:
                 if not scope.cancel_called:
                     self.perform(self.machine.connect_failed(slot, ConnectFailure.TRANSIENT, monotonic()))
@@ -295,10 +296,16 @@ class Runner:
         self.last_connect_error_at = monotonic()
 
     async def _check(self, slot: Slot) -> None:
-        await self._supervise(slot, self.driver.check, self.machine.check_passed, self.machine.check_failed)
+        machine = self.machine
+        await self._supervise(
+            slot, self.driver.check, machine.check_passed, machine.check_failed, CloseReason.CHECK_FAILED
+        )
 
     async def _recycle(self, slot: Slot) -> None:
-        await self._supervise(slot, self.driver.recycle, self.machine.recycled, self.machine.recycle_failed)
+        machine = self.machine
+        await self._supervise(
+            slot, self.driver.recycle, machine.recycled, machine.recycle_failed, CloseReason.RESET_FAILED
+        )
 
     async def _supervise(
         self,
@@ -306,6 +313,7 @@ class Runner:
         work: Callable[[Session], Coroutine[Any, Any, None]],
         passed: Callable[[Slot, float], Effects],
         failed: Callable[[Slot, CloseReason, float], Effects],
+        if_cancelled: CloseReason,
     ) -> None:
         """Do something with an unleased session, and tell the machine how it went."""
         session = slot.resource
@@ -319,7 +327,7 @@ class Runner:
                 self.perform(failed(slot, unusable.reason, monotonic()))
             except asyncio.CancelledError:
                 if not scope.cancel_called:
-                    self.perform(failed(slot, CloseReason.CHECK_FAILED, monotonic()))
+                    self.perform(failed(slot, if_cancelled, monotonic()))
                 raise
             else:
                 session.touched = False

@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import socket
 import weakref
-from collections.abc import Awaitable, Callable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from psycopg import AsyncConnection, pq, waiting
 from psycopg import errors as e
+from psycopg import pq, waiting
 from psycopg.abc import PQGen, PQGenConn
 from psycopg.generators import cancel, execute, fetch, send
 from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
@@ -258,20 +257,3 @@ async def linger(sock: socket.socket, timeout: float) -> bool:
         loop.remove_reader(sock.fileno())
         sock.close()
     return ended.done() and not ended.cancelled()
-
-
-async def call_user(
-    callback: Callable[[Any], Awaitable[object]], connection: AsyncConnection[Any], timeout: float
-) -> None:
-    """Run `configure`, `check`, `setup` or `reset` on a connection. Raises what it raises, or TimeoutError.
-
-    A transaction that it leaves open is an error as well: the next user would inherit it.
-    """
-    with anyio.fail_after(timeout):
-        await callback(connection)
-    if connection.pgconn.transaction_status != IDLE:
-        name = getattr(callback, "__qualname__", repr(callback))
-        status = pq.TransactionStatus(connection.pgconn.transaction_status).name
-        raise e.ProgrammingError(
-            f"{name} left the connection in status {status}: commit in it, or use `await conn.set_autocommit(True)`"
-        )
