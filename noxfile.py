@@ -10,7 +10,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 
 nox.needs_version = ">=2024.10.9"
-nox.options.sessions = ["lint", "types", "tests", "examples"]
+nox.options.sessions = ["lint", "types", "examples", "tests"]
 # One Python is enough: sessions for those that the machine lacks are skipped, wherever nox runs.
 nox.options.error_on_missing_interpreters = False
 
@@ -40,19 +40,19 @@ def types(session: nox.Session) -> None:
     session.run("pyright", env={"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"})
 
 
-@nox.session(python=PYTHONS)
-def tests(session: nox.Session) -> None:
-    """Pytest, on a PostgreSQL of its own or that of DATABASE_URL."""
-    session.install(".[demo]", *group("test"))
-    session.run("pytest", *session.posargs)
-
-
 @nox.session
 def examples(session: nox.Session) -> None:
     """Every example, as a user would run it."""
     session.install(".[demo]", *group("examples"))
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", "-W", "error", str(example))
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Pytest, on a PostgreSQL of its own or that of DATABASE_URL."""
+    session.install(".[demo]", *group("test"))
+    session.run("pytest", *session.posargs)
 
 
 @nox.session

@@ -56,37 +56,61 @@ CLOSE_TIMEOUT = 5.0
 
 
 class Options(PoolOptions, total=False):
-    """The keywords of `Pool(...)`: the pool's own, psycopg's, and the most used of libpq's; it takes them all."""
+    """The keywords of `Pool(...)`: the pool's own, psycopg's, and libpq's (of version 18; `Pool` asks the one at hand)."""
 
     autocommit: bool
     prepare_threshold: int | None
     context: AdaptContext | None
     cursor_factory: Any
-    host: str
-    hostaddr: str
-    port: int | str
-    dbname: str
+    service: str
     user: str
     password: str
     passfile: str
-    service: str
+    channel_binding: str
+    dbname: str
+    host: str
+    hostaddr: str
+    port: int | str
+    client_encoding: str
     options: str
     application_name: str
-    client_encoding: str
+    fallback_application_name: str
+    keepalives: int | str
+    keepalives_idle: int | str
+    keepalives_interval: int | str
+    keepalives_count: int | str
+    tcp_user_timeout: int | str
     sslmode: str
+    sslnegotiation: str
+    sslcompression: int | str
     sslcert: str
     sslkey: str
+    sslcertmode: str
     sslpassword: str
     sslrootcert: str
-    channel_binding: str
-    keepalives: int
-    keepalives_idle: int
-    keepalives_interval: int
-    keepalives_count: int
-    tcp_user_timeout: int
+    sslcrl: str
+    sslcrldir: str
+    sslsni: int | str
+    requirepeer: str
+    require_auth: str
+    min_protocol_version: str
+    max_protocol_version: str
+    ssl_min_protocol_version: str
+    ssl_max_protocol_version: str
+    gssencmode: str
+    krbsrvname: str
+    gsslib: str
+    gssdelegation: str
+    replication: str
     target_session_attrs: str
     load_balance_hosts: str
-    gssencmode: str
+    scram_client_key: str
+    scram_server_key: str
+    oauth_issuer: str
+    oauth_client_id: str
+    oauth_client_secret: str
+    oauth_scope: str
+    sslkeylogfile: str
 
 
 class Pool(Generic[C]):

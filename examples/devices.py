@@ -7,6 +7,7 @@ back its own block, and nobody else's.
 import asyncio
 
 import psycopg
+from psycopg import AsyncConnection
 
 from asyncpool import Pool
 from asyncpool.cli.embedded import server_at_hand
@@ -16,7 +17,7 @@ READINGS_EACH = 10
 BROKEN_DEVICE = 13
 
 
-async def run_device(pool: Pool, device: int) -> int:
+async def run_device(pool: Pool[AsyncConnection], device: int) -> int:
     """Store what the device reads. Returns how many readings the server took."""
     stored = 0
     for number in range(READINGS_EACH):

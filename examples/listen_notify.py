@@ -5,7 +5,7 @@ Whoever listens holds its connection as long as it listens: count it in when cho
 
 import asyncio
 
-from psycopg import sql
+from psycopg import AsyncConnection, sql
 
 from asyncpool import Pool
 from asyncpool.cli.embedded import server_at_hand
@@ -14,7 +14,7 @@ CHANNEL = "example_news"
 HEADLINES = ["pool opened", "all connections idle", "nothing else happened"]
 
 
-async def listen(pool: Pool, listening: asyncio.Event) -> list[str]:
+async def listen(pool: Pool[AsyncConnection], listening: asyncio.Event) -> list[str]:
     """Return the headlines, once there were as many as there are to come."""
     async with pool.acquire() as conn:
         await conn.set_autocommit(True)

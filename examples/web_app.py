@@ -20,7 +20,7 @@ from asyncpool.cli.embedded import server_at_hand
 
 async def connection(request: Request) -> AsyncIterator[AsyncConnection[Any]]:
     """A connection for one request: what it did is committed at the end, or rolled back if it failed."""
-    pool: Pool = request.app.state.pool
+    pool: Pool[AsyncConnection] = request.app.state.pool
     try:
         async with pool.acquire(timeout=2) as conn:
             yield conn

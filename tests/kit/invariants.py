@@ -69,7 +69,6 @@ def check_bounds(pool: VirtualPool) -> None:
             assert not machine.count(IDLE), "idle beyond max_size"
             assert not machine.count(CONNECTING), "connecting beyond max_size"
     assert machine.count(CONNECTING) <= pool.config.max_connecting
-    assert len(machine._waiters._deadlines) <= 2 * machine.waiting + 65, "deadlines of those who left pile up"
 
 
 def check_totals(pool: VirtualPool) -> None:

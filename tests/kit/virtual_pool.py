@@ -95,9 +95,9 @@ class VirtualPool:
         """How many effects of this kind the last step had."""
         return sum(isinstance(effect, kind) for effect in self.effects)
 
-    def emitted_closes(self) -> list[CloseReason]:
-        """Why the last step closed connections."""
-        return [effect.reason for effect in self.effects if isinstance(effect, Close)]
+    def emitted_closes(self) -> list[Close]:
+        """What the last step closed."""
+        return [effect for effect in self.effects if isinstance(effect, Close)]
 
     # --- callers --------------------------------------------------------------------------------------------
 
@@ -181,9 +181,16 @@ class VirtualPool:
         self._step(self.machine.connected(slot, self.now))
         return slot
 
-    def fail_connect(self, failure: ConnectFailure = ConnectFailure.TRANSIENT, slot: Slot | None = None) -> None:
+    def fail_connect(
+        self,
+        failure: ConnectFailure = ConnectFailure.TRANSIENT,
+        slot: Slot | None = None,
+        reason: CloseReason | None = None,
+    ) -> None:
         slot = self._end_work(slot, CONNECTING)
-        self._step(self.machine.connect_failed(slot, failure, self.now))
+        if reason is not None and slot.state is CONNECTING:
+            self.closes[reason] += 1
+        self._step(self.machine.connect_failed(slot, failure, self.now, reason))
         if slot.state is GONE:
             del self.histories[slot]
 
@@ -318,6 +325,7 @@ class VirtualPool:
             self._refuse(effect)
         elif isinstance(effect, WakeAt):
             assert effect.when is None or effect.when > self.now, "a wake-up in the past, or a busy loop"
+            assert effect.when != NEVER, "no timer takes that"
             self.wake_at = NEVER if effect.when is None else effect.when
         elif isinstance(effect, Opened):
             self.opened += 1

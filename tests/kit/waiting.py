@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, overload
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -15,7 +15,11 @@ T = TypeVar("T")
 POLL_INTERVAL = 0.005
 
 
-async def eventually(condition: Callable[[], T | Awaitable[T]], *, timeout: float = 5.0) -> T:
+@overload
+async def eventually(condition: Callable[[], Awaitable[T]], *, timeout: float = 5.0) -> T: ...
+@overload
+async def eventually(condition: Callable[[], T], *, timeout: float = 5.0) -> T: ...
+async def eventually(condition: Callable[[], object], *, timeout: float = 5.0) -> object:
     """Await until `condition()`, sync or async, is truthy, and return what it gave.
 
     Past `timeout` seconds it fails with the last value. An AssertionError of the condition means "not yet".
@@ -26,7 +30,7 @@ async def eventually(condition: Callable[[], T | Awaitable[T]], *, timeout: floa
             outcome = condition()
             last: object = await outcome if inspect.isawaitable(outcome) else outcome
             if last:
-                return last  # type: ignore[return-value]  # what was awaited, or was no awaitable, is a T
+                return last
         except AssertionError as not_yet:
             last = not_yet
         if time.monotonic() > deadline:

@@ -1,0 +1,213 @@
+"""A statement that the server does not end: the caller is back in time, and the pool gets its place back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from kit.waiting import eventually
+
+from asyncpool import Pool
+
+from .interruptions import OPERATIONS, WAYS, Operation, Way, asyncio_timeout, execute, task_cancel
+from .leftovers import stream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kit.servers import Admin
+
+    from asyncpool.cli.embedded import EmbeddedServer
+
+Connection = psycopg.AsyncConnection[Any]
+
+CANCEL_TIMEOUT = 0.2
+CHECK_TIMEOUT = 0.2
+# After this it counts as never: far more than both together, and less than any deadline of psycopg's own.
+TOO_LATE = 4.0
+
+
+def freeze(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+@contextmanager
+def thawed_at_the_end(pid: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def impatient(dsn: str) -> Pool[psycopg.AsyncConnection[psycopg.rows.TupleRow]]:
+    return Pool(dsn, min_size=0, max_size=1, cancel_timeout=CANCEL_TIMEOUT, check_timeout=CHECK_TIMEOUT)
+
+
+async def assert_goes_on(pool: Pool[Connection], pid: int) -> None:
+    async with pool.acquire(timeout=30) as conn:
+        assert conn.info.backend_pid != pid
+        await conn.execute("select 1")
+
+
+async def ended(admin: Admin, pid: int) -> None:
+    await eventually(lambda: not admin.execute("select 1 from pg_stat_activity where pid = %s", [pid]), timeout=30)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+async def test_a_frozen_server_process_holds_up_no_cancelled_caller(
+    private_dsn: str, private_admin: Admin, way: Way, operation: Operation
+) -> None:
+    if operation is not execute and way not in (task_cancel, asyncio_timeout):
+        pytest.skip("the same as with the other two: the deadline does not depend on how often one is cancelled")
+    asleep = "select 1 from pg_stat_activity where pid = %s and wait_event = 'PgSleep'"
+    async with impatient(private_dsn) as pool:
+        async with pool.acquire() as conn:
+            pid = conn.info.backend_pid
+        frozen_at: list[float] = []
+
+        def asleep_and_frozen() -> bool:
+            if private_admin.execute(asleep, [pid]) and not frozen_at:
+                freeze(pid)
+                frozen_at.append(time.monotonic())
+            return bool(frozen_at)
+
+        async def work() -> None:
+            async with pool.acquire() as conn:
+                await operation(conn)
+
+        with thawed_at_the_end(pid):
+            await way(work, asleep_and_frozen)
+            assert time.monotonic() - frozen_at[0] < TOO_LATE
+            await assert_goes_on(pool, pid)
+        # The server counted one session too many for a while, and the pool does not hide it.
+        assert pool.stats().abandoned == 1
+        await ended(private_admin, pid)
+
+
+async def test_a_frozen_postmaster_holds_up_no_cancelled_caller(
+    private_dsn: str, private_server: EmbeddedServer, private_admin: Admin
+) -> None:
+    """The request to cancel arrives nowhere, while the statement's own process is well."""
+    assert private_server.postmaster_pid is not None
+    private_admin.execute("select 1")  # it could not connect while the postmaster is frozen
+    asleep = "select 1 from pg_stat_activity where pid = %s and wait_event = 'PgSleep'"
+    async with impatient(private_dsn) as pool:
+        async with pool.acquire() as conn:
+            pid = conn.info.backend_pid
+
+        async def work() -> None:
+            async with pool.acquire() as conn:
+                await execute(conn)
+
+        with thawed_at_the_end(private_server.postmaster_pid):
+            freeze(private_server.postmaster_pid)
+            began = time.monotonic()
+            await task_cancel(work, lambda: bool(private_admin.execute(asleep, [pid])))
+            assert time.monotonic() - began < TOO_LATE
+        await assert_goes_on(pool, pid)
+        # The request was delivered late, to a session that is nobody's any more.
+        await ended(private_admin, pid)
+
+
+async def test_a_stream_with_much_in_the_socket_is_left_in_time_when_the_server_freezes(
+    private_dsn: str, private_admin: Admin
+) -> None:
+    """What has arrived can still be read, which must not pass for an answer to the cancellation."""
+    async with impatient(private_dsn) as pool:
+        async with pool.acquire() as conn:
+            pid = conn.info.backend_pid
+        reading = asyncio.Event()
+
+        async def read_on() -> None:
+            async with pool.acquire() as conn:
+                async for _ in stream(conn, "select repeat('x', 1000) from generate_series(1, 1000000)"):
+                    reading.set()
+                    await asyncio.sleep(0.01)
+
+        task = asyncio.create_task(read_on())
+        await reading.wait()
+        with thawed_at_the_end(pid):
+            freeze(pid)
+            began = time.monotonic()
+            task.cancel()
+            await asyncio.wait([task], timeout=30)
+            assert task.cancelled()
+            assert time.monotonic() - began < TOO_LATE
+            await assert_goes_on(pool, pid)
+        await ended(private_admin, pid)
+
+
+async def test_a_copy_with_much_in_the_socket_is_left_in_time_when_the_server_freezes(
+    private_dsn: str, private_admin: Admin
+) -> None:
+    async with impatient(private_dsn) as pool:
+        async with pool.acquire() as conn:
+            pid = conn.info.backend_pid
+        reading = asyncio.Event()
+
+        async def read_on() -> None:
+            rows = "copy (select repeat('x', 1000) from generate_series(1, 1000000)) to stdout"
+            async with pool.acquire() as conn, conn.cursor().copy(rows) as copy:
+                async for _ in copy:
+                    reading.set()
+                    await asyncio.sleep(0.01)
+
+        task = asyncio.create_task(read_on())
+        await reading.wait()
+        with thawed_at_the_end(pid):
+            freeze(pid)
+            began = time.monotonic()
+            task.cancel()
+            await asyncio.wait([task], timeout=30)
+            assert task.cancelled()
+            assert time.monotonic() - began < TOO_LATE
+            await assert_goes_on(pool, pid)
+        await ended(private_admin, pid)
+
+
+async def test_a_rollback_that_is_not_answered_costs_the_connection_not_the_place(
+    private_dsn: str, private_admin: Admin
+) -> None:
+    async with impatient(private_dsn) as pool:
+        conn = await pool.acquire()
+        pid = conn.info.backend_pid
+        await conn.execute("select 1")
+        with thawed_at_the_end(pid):
+            freeze(pid)
+            await pool.release(conn)
+            await assert_goes_on(pool, pid)
+        await ended(private_admin, pid)
+
+
+async def test_a_commit_at_the_blocks_end_that_is_not_answered_can_be_cancelled(
+    private_dsn: str, private_admin: Admin
+) -> None:
+    async with impatient(private_dsn) as pool:
+        committing = asyncio.Event()
+
+        async def work() -> None:
+            async with pool.acquire() as conn:
+                await conn.execute("create temp table t (id int)")
+                freeze(conn.info.backend_pid)
+                committing.set()
+
+        async with pool.acquire() as conn:
+            pid = conn.info.backend_pid
+        with thawed_at_the_end(pid):
+            task = asyncio.create_task(work())
+            await committing.wait()
+            await asyncio.sleep(0)
+            began = time.monotonic()
+            task.cancel()
+            await asyncio.wait([task], timeout=30)
+            assert task.cancelled()
+            assert time.monotonic() - began < TOO_LATE
+            await assert_goes_on(pool, pid)
+        await ended(private_admin, pid)
