@@ -56,7 +56,7 @@ CLOSE_TIMEOUT = 5.0
 
 
 class Options(PoolOptions, total=False):
-    """The keywords of `Pool(...)`: the pool's own, psycopg's, and libpq's (of version 18; `Pool` asks the one at hand)."""
+    """The keywords of `Pool(...)`: its own, psycopg's, and those of libpq 18; what counts is the libpq at hand."""
 
     autocommit: bool
     prepare_threshold: int | None

@@ -54,6 +54,8 @@ class PooledConnection(AsyncConnection[Any]):
         try:
             state = next(gen)
         except StopIteration as done:
+            if session.ending_limit is not None:
+                session.lift_limit()
             if monotonic() - reader.yielded_at >= MAX_BUSY_TIME:
                 await asyncio.sleep(0)
                 reader.yielded_at = monotonic()
@@ -79,24 +81,20 @@ class PooledConnection(AsyncConnection[Any]):
         finally:
             if timer is not None:
                 timer.cancel()
+            if session.ending_limit is not None:
+                session.lift_limit()
         session.in_transaction = self.pgconn.transaction_status != IDLE
         return result
 
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:
-        """psycopg's way to end a COPY or a stream half-way; it then reads to the end, which is bounded here."""
+        """psycopg's way to end a COPY or a stream half-way. It then reads to the end, for which there is no more than
+        `cancel_timeout`, whatever comes meanwhile.
+        """
         session = self._session
         with anyio.CancelScope(shield=True):
             if not await session.request_cancel():
                 session.sever()  # it might still be carried out, upon the next user's statement
-        lease = session.lease
-        ending = session.reader.answered_at
-
-        def give_up() -> None:
-            still = session.lease == lease and self.pgconn.status != BAD and session.reader.answered_at == ending
-            if still and self.pgconn.transaction_status == ACTIVE:
-                session.sever()
-
-        session.reader.loop.call_later(session.cancel_timeout, give_up)
+        session.limit_ending()
 
     async def close(self) -> None:
         """Give the connection back to its pool, which closes it if it cannot be used again.

@@ -52,6 +52,7 @@ class Session:
         "cancel_timeout",
         "connection",
         "ending",
+        "ending_limit",
         "held_warned",
         "in_transaction",
         "lease",
@@ -75,6 +76,7 @@ class Session:
         self.baseline: Baseline | None = None
         self.slot: Slot | None = None
         self.ending: socket.socket | None = None  # after `sever`: the server's end of the session comes here
+        self.ending_limit: asyncio.TimerHandle | None = None  # severs if a cancelled statement does not end
         self.cancel: PGcancelConn | None = None  # and by this it is asked to stop working for it
         self.lease = NOT_LEASED  # the number of the current lease
         self.prepared = 0  # how many statements psycopg had prepared when the last lease ended
@@ -124,6 +126,22 @@ class Session:
             if not requested or self.pgconn.transaction_status == ACTIVE:
                 self.sever()
 
+    def limit_ending(self) -> None:
+        """Give the running statement, which was cancelled, `cancel_timeout` to end; then sever."""
+        self._drop_limit()
+        self.ending_limit = self.reader.loop.call_later(self.cancel_timeout, self.sever)
+        self.lift_limit()
+
+    def lift_limit(self) -> None:
+        """Forget the limit if the statement has ended."""
+        if self.pgconn.transaction_status != ACTIVE:
+            self._drop_limit()
+
+    def _drop_limit(self) -> None:
+        if self.ending_limit is not None:
+            self.ending_limit.cancel()
+            self.ending_limit = None
+
     async def request_cancel(self) -> bool:
         """Ask the server to cancel what it does for this session. False if it is not known to have done so."""
         if self.pgconn.status == BAD:
@@ -166,6 +184,7 @@ class Session:
         fd = socket_of(self.pgconn)
         if fd is None or self.pgconn.status == BAD:
             return
+        self._drop_limit()
         self.ending = duplicate(fd)
         self.cancel = self.pgconn.cancel_conn() if self.pgconn.transaction_status == ACTIVE else None
         self.reader.stop()
@@ -190,6 +209,7 @@ class Session:
     def abandon(self) -> None:
         """End the session without waiting; for when there is no event loop to wait in."""
         self.reference = None
+        self._drop_limit()
         if not self.reader.loop.is_closed():
             self.reader.stop()
         self.pgconn.finish()

@@ -90,7 +90,8 @@ async def test_a_caller_cancelled_before_it_is_granted_a_connection_in_the_same_
 async def test_a_connect_outlives_the_caller_that_caused_it(dsn: str) -> None:
     async with Pool(dsn, min_size=0, max_size=1) as pool:
         task = asyncio.create_task(take(pool))
-        await eventually(lambda: pool.stats().connecting == 1)
+        await asyncio.sleep(0)
+        assert pool.stats().connecting == 1
         await cancel(task)
         await eventually(lambda: pool.stats().idle == 1)
         await assert_nothing_lost(pool)

@@ -31,7 +31,7 @@ def collect(drop: Callable[[], object]) -> None:
     """Drop a pool, and see the warning."""
     with pytest.warns(ResourceWarning, match=LEFT):
         drop()
-        gc.collect()
+    gc.collect()
 
 
 def descriptors() -> int:

@@ -142,10 +142,13 @@ async def test_a_session_that_ended_in_a_lease_that_noticed_is_replaced(dsn: str
             assert await use(conn) != pid
 
 
-async def test_who_waits_gets_no_session_that_ended(dsn: str, admin: Admin) -> None:
+@pytest.mark.parametrize("changed", [False, True])
+async def test_who_waits_gets_no_session_that_ended(dsn: str, admin: Admin, changed: bool) -> None:
     async with Pool(dsn, max_size=1, check_interval=None) as pool:
         conn = await pool.acquire()
         pid = conn.info.backend_pid
+        if changed:
+            conn.prepare_threshold = None
         waiting = asyncio.ensure_future(pool.acquire(timeout=30))
         await eventually(lambda: pool.stats().waiting == 1)
         admin.terminate(pid)

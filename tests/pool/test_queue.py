@@ -40,7 +40,7 @@ async def exhausted(dsn: str, **options: Any) -> AsyncIterator[tuple[Pool[Any], 
 async def hold_briefly(pool: Pool[Any], timeout: float | None = FOREVER) -> int:
     async with pool.acquire(timeout=timeout) as connection:
         await asyncio.sleep(0)
-        return connection.info.backend_pid
+        return int(connection.info.backend_pid)
 
 
 def enqueue(pool: Pool[Any], timeout: float | None = FOREVER) -> asyncio.Task[int]:

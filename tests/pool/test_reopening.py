@@ -106,7 +106,9 @@ def test_a_pool_serves_one_event_loop_after_the_other(
 
 
 @each_loop
-def test_a_pool_whose_event_loop_was_closed_counts_as_closed(dsn: str, factory: LoopFactory) -> None:
+def test_a_pool_whose_event_loop_was_closed_counts_as_closed(
+    dsn: str, admin: Admin, application_name: str, factory: LoopFactory
+) -> None:
     pool = Pool(dsn, min_size=2)
     run(pool.open(), factory)
     assert "closed" in repr(pool)
@@ -121,6 +123,7 @@ def test_a_pool_whose_event_loop_was_closed_counts_as_closed(dsn: str, factory: 
         await pool.close()
 
     run(ask(), factory)
+    eventually_blocking(lambda: admin.sessions(application_name) == 0)
 
 
 @each_loop

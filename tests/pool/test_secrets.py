@@ -151,7 +151,7 @@ async def test_a_password_that_is_refused_is_not_told(
 async def test_a_password_given_by_keyword_is_not_told(
     password_server: PasswordServer, user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parameters = password_server.parameters(user) | {"dbname": "nowhere"}
+    parameters: dict[str, Any] = {**password_server.parameters(user), "dbname": "nowhere"}
     with watching(caplog) as witness:
         await try_everything(lambda: Pool(**parameters), witness)
     assert witness.saw(ODD_PASSWORDS[user]) == []
@@ -172,13 +172,14 @@ async def test_a_password_that_was_not_quoted_is_not_told(
 
 
 @each_password
-async def test_a_password_in_an_option_that_is_unknown_or_mistyped_is_not_told(
+async def test_a_password_in_an_option_that_is_misspelt_is_not_told(
     user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     password = ODD_PASSWORDS[user]
+    misspelt: list[dict[str, Any]] = [{"pasword": password}, {"passwd": password}]
     with watching(caplog) as witness:
-        await try_everything(lambda: Pool("host=127.0.0.1", pasword=password), witness)
-        await try_everything(lambda: Pool("host=127.0.0.1", passwd=password), witness)
+        for options in misspelt:
+            await try_everything(lambda: Pool("host=127.0.0.1", **options), witness)  # noqa: B023
     assert len(witness.texts) > 1
     assert witness.saw(password) == []
 

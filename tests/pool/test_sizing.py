@@ -34,7 +34,7 @@ async def release(pool: Pool[Any], connections: list[AsyncConnection[Any]]) -> N
 async def used_pid(pool: Pool[Any]) -> int:
     """The server process that the next acquire leads to."""
     async with pool.acquire() as connection:
-        return connection.info.backend_pid
+        return int(connection.info.backend_pid)
 
 
 async def idle_for(seconds: float, dsn: str) -> None:

@@ -85,7 +85,7 @@ async def fails_to_open(pool: Pool[Any], error: type[BaseException], words: str,
 
 @on_both_loops
 async def test_a_wrong_password_is_told_at_once(password_server: PasswordServer) -> None:
-    parameters = password_server.parameters("with_space") | {"password": "wrong"}
+    parameters: dict[str, Any] = {**password_server.parameters("with_space"), "password": "wrong"}
     pool = Pool(**parameters, min_size=3, acquire_timeout=LONG)
     words = 'password authentication failed for user "with_space"'
     await fails_to_open(pool, psycopg.errors.InvalidPassword, words)

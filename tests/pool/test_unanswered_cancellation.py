@@ -19,7 +19,7 @@ from .interruptions import OPERATIONS, WAYS, Operation, Way, asyncio_timeout, ex
 from .leftovers import stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from kit.servers import Admin
 
@@ -59,13 +59,17 @@ async def ended(admin: Admin, pid: int) -> None:
     await eventually(lambda: not admin.execute("select 1 from pg_stat_activity where pid = %s", [pid]), timeout=30)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+# Every operation in some ways, and one in all: the deadline does not depend on how often one is cancelled.
+COMBINATIONS: list[tuple[Operation, Way]] = [
+    (operation, way) for operation in OPERATIONS for way in (task_cancel, asyncio_timeout)
+]
+COMBINATIONS += [(execute, way) for way in WAYS if (execute, way) not in COMBINATIONS]
+
+
+@pytest.mark.parametrize(("operation", "way"), COMBINATIONS, ids=lambda function: function.__name__)
 async def test_a_frozen_server_process_holds_up_no_cancelled_caller(
     private_dsn: str, private_admin: Admin, way: Way, operation: Operation
 ) -> None:
-    if operation is not execute and way not in (task_cancel, asyncio_timeout):
-        pytest.skip("the same as with the other two: the deadline does not depend on how often one is cancelled")
     asleep = "select 1 from pg_stat_activity where pid = %s and wait_event = 'PgSleep'"
     async with impatient(private_dsn) as pool:
         async with pool.acquire() as conn:
@@ -116,51 +120,35 @@ async def test_a_frozen_postmaster_holds_up_no_cancelled_caller(
         await ended(private_admin, pid)
 
 
-async def test_a_stream_with_much_in_the_socket_is_left_in_time_when_the_server_freezes(
-    private_dsn: str, private_admin: Admin
+async def read_half_of_a_stream(conn: Connection, half_way: asyncio.Event) -> None:
+    async for _ in stream(conn, "select repeat('x', 1000) from generate_series(1, 1000000)"):
+        half_way.set()
+        await asyncio.Event().wait()
+
+
+async def read_half_of_a_copy(conn: Connection, half_way: asyncio.Event) -> None:
+    rows = "copy (select repeat('x', 1000) from generate_series(1, 1000000)) to stdout"
+    async with conn.cursor().copy(rows) as copy:
+        await copy.read()
+        half_way.set()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("read", [read_half_of_a_stream, read_half_of_a_copy])
+async def test_what_lies_in_the_socket_does_not_pass_for_an_answer_to_the_cancellation(
+    private_dsn: str, private_admin: Admin, read: Callable[[Connection, asyncio.Event], Coroutine[Any, Any, None]]
 ) -> None:
-    """What has arrived can still be read, which must not pass for an answer to the cancellation."""
     async with impatient(private_dsn) as pool:
         async with pool.acquire() as conn:
             pid = conn.info.backend_pid
-        reading = asyncio.Event()
+        half_way = asyncio.Event()
 
-        async def read_on() -> None:
+        async def work() -> None:
             async with pool.acquire() as conn:
-                async for _ in stream(conn, "select repeat('x', 1000) from generate_series(1, 1000000)"):
-                    reading.set()
-                    await asyncio.sleep(0.01)
+                await read(conn, half_way)
 
-        task = asyncio.create_task(read_on())
-        await reading.wait()
-        with thawed_at_the_end(pid):
-            freeze(pid)
-            began = time.monotonic()
-            task.cancel()
-            await asyncio.wait([task], timeout=30)
-            assert task.cancelled()
-            assert time.monotonic() - began < TOO_LATE
-            await assert_goes_on(pool, pid)
-        await ended(private_admin, pid)
-
-
-async def test_a_copy_with_much_in_the_socket_is_left_in_time_when_the_server_freezes(
-    private_dsn: str, private_admin: Admin
-) -> None:
-    async with impatient(private_dsn) as pool:
-        async with pool.acquire() as conn:
-            pid = conn.info.backend_pid
-        reading = asyncio.Event()
-
-        async def read_on() -> None:
-            rows = "copy (select repeat('x', 1000) from generate_series(1, 1000000)) to stdout"
-            async with pool.acquire() as conn, conn.cursor().copy(rows) as copy:
-                async for _ in copy:
-                    reading.set()
-                    await asyncio.sleep(0.01)
-
-        task = asyncio.create_task(read_on())
-        await reading.wait()
+        task = asyncio.create_task(work())
+        await half_way.wait()
         with thawed_at_the_end(pid):
             freeze(pid)
             began = time.monotonic()
