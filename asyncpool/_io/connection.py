@@ -6,17 +6,15 @@ import asyncio
 import copy
 import weakref
 from functools import partial
-from time import monotonic
 from typing import Any, TypeVar, cast
 
 import anyio
 from psycopg import AsyncConnection, BaseConnection
-from psycopg import errors as e
 from psycopg._connection_base import NoticeHandler, NotifyHandler
 from psycopg.abc import PQGen
 
 from ..errors import PoolError, WrongLoop
-from .reader import BAD, MAX_BUSY_TIME
+from .reader import BAD
 from .session import ACTIVE, IDLE, NOT_LEASED, Session
 
 RV = TypeVar("RV")
@@ -27,6 +25,7 @@ class _Retired:
 
     lease = NOT_LEASED
     touched = False
+    reader = None
 
 
 class PooledConnection(AsyncConnection[Any]):
@@ -45,20 +44,13 @@ class PooledConnection(AsyncConnection[Any]):
         then re-raised. `interval` is psycopg's and not needed here. Raises PoolError after the release.
         """
         session = self._session
-        if session.lease == NOT_LEASED:
-            raise PoolError("this connection was released to its pool: acquire() one in place of keeping it")
-        session.touched = True
         reader = session.reader
-        if asyncio.get_running_loop() is not reader.loop:
-            raise WrongLoop("this connection belongs to a pool that was opened in another event loop")
+        self._check_use(session)
         try:
             state = next(gen)
         except StopIteration as done:
-            if session.ending_limit is not None:
-                session.lift_limit()
-            if monotonic() - reader.yielded_at >= MAX_BUSY_TIME:
-                await asyncio.sleep(0)
-                reader.yielded_at = monotonic()
+            session.lift_limit()
+            await reader.let_others_run()
             result: RV = done.value
             return result
         except BaseException:
@@ -67,24 +59,26 @@ class PooledConnection(AsyncConnection[Any]):
         future = reader.drive(gen, state)
         timer = reader.loop.call_later(timeout, reader.expire) if timeout is not None else None
         try:
-            result = await future
+            return await future
         except asyncio.CancelledError:
             if self.pgconn.transaction_status == ACTIVE:
                 await session.end_statement(gen if future.cancelled() else None)
             raise
-        except e.Error:
+        finally:
+            if timer is not None:
+                timer.cancel()
+            session.lift_limit()
             if self.pgconn.status != BAD:
                 session.in_transaction = self.pgconn.transaction_status != IDLE
             elif not self._autocommit:
                 session.in_transaction = True
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if session.ending_limit is not None:
-                session.lift_limit()
-        session.in_transaction = self.pgconn.transaction_status != IDLE
-        return result
+
+    def _check_use(self, session: Session) -> None:
+        if session.lease == NOT_LEASED:
+            raise PoolError("this connection was released to its pool: acquire() one in place of keeping it")
+        session.touched = True
+        if asyncio.get_running_loop() is not session.reader.loop:
+            raise WrongLoop("this connection belongs to a pool that was opened in another event loop")
 
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:
         """psycopg's way to end a COPY or a stream half-way. It then reads to the end, for which there is no more than

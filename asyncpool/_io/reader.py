@@ -95,6 +95,12 @@ class Reader:
             raise
         return await self.drive(generator, state)
 
+    async def let_others_run(self) -> None:
+        """Yield to the event loop if generators that never block have kept it for long."""
+        if monotonic() - self.yielded_at >= MAX_BUSY_TIME:
+            await asyncio.sleep(0)
+            self.yielded_at = monotonic()
+
     def expire(self) -> None:
         """Fail the wait with psycopg's timeout, unless what has arrived already completes it."""
         future = self._future

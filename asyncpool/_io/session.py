@@ -133,8 +133,8 @@ class Session:
         self.lift_limit()
 
     def lift_limit(self) -> None:
-        """Forget the limit if the statement has ended."""
-        if self.pgconn.transaction_status != ACTIVE:
+        """Forget the limit, if there is one, when the statement has ended."""
+        if self.ending_limit is not None and self.pgconn.transaction_status != ACTIVE:
             self._drop_limit()
 
     def _drop_limit(self) -> None:

@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from kit.servers import ODD_PASSWORDS
 from kit.waiting import eventually
+from psycopg.conninfo import make_conninfo
 
 from asyncpool import Pool, PoolError
 
@@ -192,7 +193,7 @@ async def test_where_nobody_answers_nothing_is_told(user: str, style: Style, cap
         if style == "url":
             conninfo = f"postgresql://{user}:{quote(password, safe='')}@{host}:1/postgres"
         else:
-            conninfo = psycopg.conninfo.make_conninfo(host=host, port=1, user=user, password=password)
+            conninfo = make_conninfo(host=host, port=1, user=user, password=password)
         with watching(caplog) as witness:
             await try_everything(lambda: Pool(conninfo, connect_timeout=1), witness)  # noqa: B023
         assert witness.saw(password) == []
