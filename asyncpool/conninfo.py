@@ -44,6 +44,14 @@ _OTHER_NAMES = {
     "max_inactive_connection_lifetime": "max_idle",
     "max_queries": "max_uses",
     "init": "configure",
+    "dsn": "dbname",
+    "pool_size": "max_size",
+    "max_overflow": "max_size",
+    "pool_recycle": "max_lifetime",
+    "pool_pre_ping": "check_interval",
+    "reconnect_timeout": "backoff_max",
+    "num_workers": "max_connecting",
+    "server_settings": "options",
 }
 
 MASK = "***"

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import warnings
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from threading import get_ident
 from time import monotonic
 from types import MappingProxyType, TracebackType
@@ -225,6 +225,10 @@ class Pool(Generic[C]):
         """
         check_timeout("timeout", timeout)
         runner = self._runner
+        if runner is not None and runner.loop.is_closed():
+            runner.abandon()
+            self._runner = None
+            return
         if runner is None or runner.phase is PoolPhase.CLOSED:
             return
         runner.check_loop()
@@ -277,6 +281,8 @@ class Pool(Generic[C]):
         runner = self._runner
         if runner is None:
             raise self._not_open()
+        if timeout is not DEFAULT:
+            check_timeout("timeout", timeout)
         frame = _getframe(1)
         return Acquisition(runner, timeout, frame.f_code, frame.f_lasti)
 
@@ -290,9 +296,9 @@ class Pool(Generic[C]):
         runner = self._runner
         leases: Any = getattr(connection, "_pool", None)
         if runner is None or leases is not runner.leases:
-            # One of an earlier opening was ended by close(), and all that is left to say is whether it is ours.
-            if runner is None or not (isinstance(leases, Leases) and leases.belong_to(self._config)):
+            if not isinstance(leases, Leases):
                 raise PoolError(f"{self.name}: this connection is not of this pool")
+            leases.check_former(self._config)
         elif get_ident() != runner.thread or not runner.loop.is_running():
             runner.check_loop()
         pooled = cast(PooledConnection, connection)
@@ -300,16 +306,20 @@ class Pool(Generic[C]):
             raise PoolError(f"{self.name}: this connection was released already")
         if not leases.give_back_clean(pooled):
             leases.end_lease(pooled)
-        return runner.finished
+        return leases.finished
 
-    @asynccontextmanager
-    async def transaction(self, timeout: float | Default | None = DEFAULT) -> AsyncIterator[C]:
+    def transaction(self, timeout: float | Default | None = DEFAULT) -> AbstractAsyncContextManager[C]:
         """A connection inside a transaction, also with autocommit: `async with pool.transaction() as conn`.
 
         Raises as `acquire()` does, and what the COMMIT raises.
         """
-        async with self.acquire(timeout) as connection, connection.transaction():
-            yield connection
+        runner = self._runner
+        if runner is None:
+            raise self._not_open()
+        if timeout is not DEFAULT:
+            check_timeout("timeout", timeout)
+        frame = _getframe(1)
+        return _in_transaction(Acquisition(runner, timeout, frame.f_code, frame.f_lasti))
 
     # --- administration -------------------------------------------------------------------------------------
 
@@ -370,8 +380,7 @@ class Pool(Generic[C]):
         now = monotonic()
         sessions = [(slot, cast(Session, slot.resource)) for slot in runner.machine.leases()]
         return [
-            Holder(session.site, now - slot.leased_at, session.pgconn.backend_pid, session.stack)
-            for slot, session in sessions
+            Holder(session.site, now - slot.leased_at, session.backend_pid, session.stack) for slot, session in sessions
         ]
 
     # --- refusals -------------------------------------------------------------------------------------------
@@ -385,3 +394,9 @@ class Pool(Generic[C]):
 
     def _not_open(self) -> PoolClosed:
         return PoolClosed(f"{self.name} is not open: use `async with Pool(...) as pool`, or `await pool.open()`")
+
+
+@asynccontextmanager
+async def _in_transaction(acquisition: Acquisition[C]) -> AsyncIterator[C]:
+    async with acquisition as connection, connection.transaction():
+        yield connection

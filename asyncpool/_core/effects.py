@@ -69,9 +69,9 @@ class Refuse:
 
 @dataclass(slots=True)
 class WakeAt:
-    """Call `wake` at this time, in place of the time asked for before; None: not at all."""
+    """Call `wake` at this time, in place of the time asked for before."""
 
-    when: float | None
+    when: float
 
 
 @dataclass(slots=True)

@@ -135,7 +135,7 @@ class PoolMachine:
     @property
     def acquires(self) -> int:
         """How many leases there have been."""
-        return self.uses_of_gone + sum(slot.uses for slot in self._slots)
+        return self.uses_of_gone + sum(slot.uses for slot in tuple(self._slots))
 
     def leases(self) -> list[Slot]:
         """The leased slots, longest held first."""

@@ -37,5 +37,10 @@ class Slot:
         self.doom: CloseReason = CloseReason.MAX_LIFETIME  # why it is closed when it expires
         self.resource: object = None
 
+    @property
+    def is_disconnected(self) -> bool:
+        """Whether the server has ended this session."""
+        return self.expires_at == -NEVER and self.doom is CloseReason.DISCONNECTED
+
     def __repr__(self) -> str:
         return f"<Slot {self.number} {self.state.name}>"

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from psycopg import AsyncConnection, pq
 
 from .._core.policy import NEVER
-from ..config import check_timeout
+from .._core.slot import Slot
 from ..errors import PoolClosed, PoolError
 from .connection import PooledConnection, describe_unfinished
-from .leases import LEASED, WATCH_STALENESS
+from .leases import LEASED
 from .reader import BAD
 from .runner import FutureWaiter, Runner
-from .session import IDLE, Session
+from .session import SEVERED, Session
+from .watch import WATCH_STALENESS
 
 C = TypeVar("C", bound=AsyncConnection[Any])
 
 INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
-_IDLE = int(IDLE)
 
 
 class Default:
@@ -57,7 +57,31 @@ class Acquisition(Generic[C]):
             watch.poll()
         slot = runner.machine.take(now)
         if slot is None:
-            waiter = self._enqueue(now)
+            slot = yield from self._wait(now)
+        session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
+        session.site_code = self._code
+        session.site_offset = self._offset
+        if session.touched:  # somebody went on with the object after its release
+            runner.leases.restore(session)
+        connection: Any = session.connection if runner.plain else runner.leases.renew_for_debug(session)
+        session.connection = None
+        session.lease = self._lease = slot.uses
+        self._connection = connection
+        if not runner.plain:
+            yield from self._set_up(connection).__await__()
+            if session.lease != self._lease:
+                raise PoolError(f"{runner.config.name}: setup has given its connection back")
+        return connection  # type: ignore[no-any-return]  # of the class that the pool was given
+
+    def _wait(self, now: float) -> Generator[Any, Any, Slot]:
+        """Stand in the queue until a connection comes that lives."""
+        runner = self._runner
+        timeout = runner.config.acquire_timeout if isinstance(self._timeout, Default) else self._timeout
+        deadline = NEVER if timeout is None else now + timeout
+        while True:
+            waiter = FutureWaiter(deadline, now, runner.loop.create_future())
+            if effects := runner.machine.enqueue(waiter, monotonic()):
+                runner.perform(effects)
             try:
                 yield from waiter.future
             except BaseException:
@@ -66,29 +90,10 @@ class Acquisition(Generic[C]):
             slot = waiter.slot
             if slot is None or slot.state is not LEASED:
                 raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
-        session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
-        session.site_code = self._code
-        session.site_offset = self._offset
-        connection: Any = session.connection if runner.plain else runner.leases.renew_for_debug(session)
-        session.connection = None
-        session.lease = self._lease = slot.uses
-        self._connection = connection
-        if not runner.plain:
-            yield from self._set_up(connection).__await__()
-        return connection  # type: ignore[no-any-return]  # of the class that the pool was given
-
-    def _enqueue(self, now: float) -> FutureWaiter:
-        runner = self._runner
-        timeout = self._timeout
-        if isinstance(timeout, Default):
-            timeout = runner.config.acquire_timeout
-        else:
-            check_timeout("timeout", timeout)
-        deadline = NEVER if timeout is None else now + timeout
-        waiter = FutureWaiter(deadline, now, runner.loop.create_future())
-        if effects := runner.machine.enqueue(waiter, now):
-            runner.perform(effects)
-        return waiter
+            runner.watch.look(monotonic())
+            if not slot.is_disconnected:
+                return slot
+            runner.perform(runner.machine.discard(slot, slot.doom, monotonic()))  # it ended since it was granted
 
     async def _set_up(self, connection: PooledConnection) -> None:
         runner = self._runner
@@ -120,14 +125,18 @@ class Acquisition(Generic[C]):
             return self._exit(exc_type)
 
     def _exit(self, exc_type: type[BaseException] | None) -> Awaitable[None]:
-        runner = self._runner
+        leases = self._runner.leases
         connection: PooledConnection = self._connection
-        if connection._session.lease != self._lease or runner.leases.give_back_clean(connection):
-            return runner.finished  # the first: it was given back inside the block
+        session = connection._session
+        if session.lease == self._lease:
+            if leases.give_back_clean(connection):
+                return leases.finished
+        elif session.lease != SEVERED:
+            return leases.finished  # it was given back inside the block
         if exc_type is not None:
-            runner.leases.end_lease(connection, after_block=True)
-            return runner.finished
-        return self._finish(connection, connection._session)
+            leases.end_lease(connection, after_block=True)
+            return leases.finished
+        return self._finish(connection, session)
 
     async def _finish(self, connection: PooledConnection, session: Session) -> None:
         """Commit what the block has done, or say why that is impossible. The lease ends in either case."""
@@ -151,5 +160,5 @@ class Acquisition(Generic[C]):
             elif status == INTRANS:
                 await connection.commit()
         finally:
-            if session.lease == self._lease:
+            if session.lease in (self._lease, SEVERED):
                 self._runner.leases.end_lease(connection, after_block=True)

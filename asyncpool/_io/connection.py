@@ -64,6 +64,9 @@ class PooledConnection(AsyncConnection[Any]):
             if self.pgconn.transaction_status == ACTIVE:
                 await session.end_statement(gen if future.cancelled() else None)
             raise
+        except GeneratorExit:
+            session.sever()  # the coroutine was closed: nobody can wait for the statement's end
+            raise
         finally:
             if timer is not None:
                 timer.cancel()
@@ -119,6 +122,8 @@ class PooledConnection(AsyncConnection[Any]):
     def _renewed(self) -> PooledConnection:
         """An object of its own for the next lease of the same session, so that this one is useless for ever."""
         other = copy.copy(self)
+        other._notice_handlers = list(self._notice_handlers)
+        other._notify_handlers = list(self._notify_handlers)
         self._session = cast(Session, _Retired())
         pgconn = other.pgconn
         wself: weakref.ref[BaseConnection[Any]] = weakref.ref(other)

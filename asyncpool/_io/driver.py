@@ -7,6 +7,7 @@ import contextlib
 import errno
 import inspect
 import os
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ _SESSION_RESET = (
     b" DISCARD TEMP; SELECT pg_catalog.pg_advisory_unlock_all()"
 )
 _DISCARD = b"DISCARD ALL"
+
+
+# How long, in seconds, the end of a failed attempt is waited for when there is another address to try: many round
+# trips to a server that lives, and next to nothing beside the connect_timeout that a dead one has cost already.
+NEXT_HOST_PATIENCE = 0.1
 
 
 class ConnectFailed(Exception):
@@ -127,6 +133,8 @@ class Driver:
         else:
             parse("", self._libpq_options)
         self.abandoned = 0
+        self._half_open: set[PGconn] = set()
+        self._lingering: set[socket.socket] = set()
 
     # --- connect --------------------------------------------------------------------------------------------
 
@@ -135,9 +143,10 @@ class Driver:
         conninfo, redactor = await self._ask_conninfo()
         attempts = await self._resolve(conninfo, redactor)
         failures: list[tuple[ConnDict, ConnectFailed]] = []
-        for attempt in attempts:
+        for number, attempt in enumerate(attempts, 1):
+            patience = self._config.check_timeout if number == len(attempts) else NEXT_HOST_PATIENCE
             try:
-                pgconn = await self._connect_to(attempt, redactor)
+                pgconn = await self._connect_to(attempt, redactor, patience)
                 break
             except ConnectFailed as failed:
                 failures.append((attempt, failed))
@@ -153,9 +162,9 @@ class Driver:
                     answer: object = conninfo()
                     conninfo = await answer if inspect.isawaitable(answer) else answer
             except Exception as ex:
-                raise ConnectFailed(
-                    _named(OperationalError, f"the conninfo callable raised {_brief(ex)}"), _T
-                ) from None
+                # Its words may hold what it was about to return.
+                words = f"the conninfo callable raised {type(ex).__name__}"
+                raise ConnectFailed(OperationalError(words), _T) from None
         if not isinstance(conninfo, str):
             words = f"the conninfo callable must return a str, not {type(conninfo).__name__}"
             raise ConnectFailed(TypeError(words), ConnectFailure.FINAL)
@@ -178,10 +187,11 @@ class Driver:
         except e.Error as error:
             raise ConnectFailed(_named(OperationalError, redactor.redact(str(error))), _T) from None
 
-    async def _connect_to(self, attempt: ConnDict, redactor: Redactor) -> PGconn:
-        """One attempt on one address, within `connect_timeout`."""
+    async def _connect_to(self, attempt: ConnDict, redactor: Redactor, patience: float) -> PGconn:
+        """One attempt on one address, within `connect_timeout`; `patience` is for the end of one that failed."""
         pgconn = pq.PGconn.connect_start(make_conninfo("", **attempt).encode())
         set_verbose_errors(pgconn, True)
+        self._half_open.add(pgconn)
         try:
             with anyio.move_on_after(self._connect_timeout):
                 if await _poll_until_connected(pgconn):
@@ -192,17 +202,32 @@ class Driver:
             words = f"connection timeout expired after {self._connect_timeout:g} s"
             raise ConnectFailed(_named(e.ConnectionTimeout, _at(attempt, redactor) + words), _T)
         except BaseException:
-            await self._give_up(pgconn)
+            await self._give_up(pgconn, patience)
             raise
+        finally:
+            self._half_open.discard(pgconn)
 
-    async def _give_up(self, pgconn: PGconn) -> None:
+    async def _give_up(self, pgconn: PGconn, patience: float) -> None:
         """Close a half-open connection, and wait until the server counts no session for it."""
         fd = socket_of(pgconn)
-        sock = duplicate(fd) if fd is not None else None
+        sock = None
+        with contextlib.suppress(OSError):  # no descriptor left: then the end is not waited for
+            sock = duplicate(fd) if fd is not None else None
         pgconn.finish()
         if sock is not None:
+            self._lingering.add(sock)
             with anyio.CancelScope(shield=True):
-                self.abandoned += not await linger(sock, self._config.check_timeout)
+                self.abandoned += not await linger(sock, patience)
+            self._lingering.discard(sock)
+
+    def abandon(self) -> None:
+        """Close what half-done connects hold, when there is no event loop to wait in."""
+        for pgconn in self._half_open:
+            pgconn.finish()
+        for sock in self._lingering:
+            sock.close()
+        self._half_open.clear()
+        self._lingering.clear()
 
     async def _set_up(self, pgconn: PGconn) -> Session:
         session = Session(pgconn, asyncio.get_running_loop(), self._config.cancel_timeout)
@@ -407,7 +432,11 @@ async def _call_user(
     What it leaves open is an error as well: the next user would inherit it.
     """
     with anyio.fail_after(timeout):
-        await callback(connection)
+        answer: object = callback(connection)
+        if not inspect.isawaitable(answer):
+            name = getattr(callback, "__qualname__", repr(callback))
+            raise TypeError(f"{name} must be an async function: it returned {type(answer).__name__}")
+        await answer
     if (unfinished := describe_unfinished(connection)) or connection.pgconn.transaction_status != IDLE:
         name = getattr(callback, "__qualname__", repr(callback))
         status = pq.TransactionStatus(connection.pgconn.transaction_status).name

@@ -19,6 +19,7 @@ from .._core.machine import PoolMachine
 from .._core.slot import Slot
 from .._core.states import SlotState
 from ..config import PoolConfig
+from ..errors import PoolError, WrongLoop
 from ..events import CloseReason
 from .client_state import read_client_state
 from .connection import PooledConnection, describe_unfinished
@@ -27,10 +28,6 @@ from .session import IDLE, NOT_LEASED, SEVERED, Session
 from .watch import DisconnectWatch
 
 logger = logging.getLogger("asyncpool")
-
-# How old the last look at the disconnect watch may be when a connection is handed out, in seconds: for a loop
-# that was too busy to look by itself. The look takes about 0.5 µs.
-WATCH_STALENESS = 0.001
 
 LEASED = SlotState.LEASED
 _IDLE = int(IDLE)
@@ -56,6 +53,8 @@ class Leases:
         self._perform = perform
         self._watch = watch
         self._loop = watch.loop
+        self.finished: asyncio.Future[None] = self._loop.create_future()  # for what was done when it was called
+        self.finished.set_result(None)
         self._debug = debug
         self._reset_needed = config.reset != "rollback"
         self._warned_in_transaction = False
@@ -71,8 +70,8 @@ class Leases:
         now = monotonic()
         if session.held_warned:
             self._note_returned(session, now)
-        if self._machine.waiting and now - self._watch.polled_at > WATCH_STALENESS:
-            self._watch.poll()  # it is handed out at once
+        if self._machine.waiting:
+            self._watch.look(now)  # it is handed out at once
         slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased; a cast() takes time
         effects = self._machine.give_back(slot, session.reader.answered_at, now)
         if effects:
@@ -108,6 +107,7 @@ class Leases:
         now = monotonic()
         if session.held_warned:
             self._note_returned(session, now)
+        self._watch.look(now)
         effects = self._take_back_changed(connection, session, cast(Slot, session.slot), now, after_block=after_block)
         self._perform(effects)
         session.touched = session.in_transaction = False
@@ -130,6 +130,7 @@ class Leases:
             self._warn_in_transaction(session)
         session.baseline.restore(connection)
         if session.pgconn.transaction_status == IDLE and not self._reset_needed:
+            session.prepared = connection._prepared._prepared_idx
             return self._machine.give_back(slot, session.reader.answered_at, now)
         return self._machine.recycle(slot, now)
 
@@ -144,12 +145,17 @@ class Leases:
                 session.site,
             )
 
-    def belong_to(self, config: PoolConfig) -> bool:
-        """Whether these are leases of that pool, be it of an earlier opening."""
-        return self._config is config
+    def check_former(self, config: PoolConfig) -> None:
+        """Raise unless these are leases of an earlier opening of that pool, which its close() has ended."""
+        if self._config is not config:
+            raise PoolError(f"{config.name}: this connection is not of this pool")
+        if self._loop.is_closed():
+            raise PoolError(f"{config.name}: this connection's event loop is closed, and so is the connection")
 
     async def putconn(self, connection: PooledConnection) -> None:
         """What psycopg calls when the user closes a leased connection."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise WrongLoop(f"{self._config.name} was opened in another event loop than the one that uses it now")
         self.end_lease(connection)
 
     def reject_lease(self, connection: PooledConnection) -> None:
@@ -160,6 +166,12 @@ class Leases:
         if not severed:
             session.connection = connection
             self._perform(self._machine.discard(cast(Slot, session.slot), CloseReason.SETUP_FAILED, monotonic()))
+
+    def restore(self, session: Session) -> None:
+        """Put back the settings of an unleased connection."""
+        assert session.baseline is not None
+        session.baseline.restore(session.connection)
+        session.touched = False
 
     def adopt(self, session: Session) -> None:
         """Notice when the session's connection object is collected while it is leased."""

@@ -7,6 +7,7 @@ driven from its callback, and the waiting task is woken once, when the generator
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import select
 import socket
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Reader:
     """Drives one generator at a time on one socket. The loop holds the Reader, never the connection object."""
 
     __slots__ = (
+        "_context",
         "_future",
         "_generator",
         "_pgconn",
@@ -54,6 +56,7 @@ class Reader:
         self.fd = pgconn.socket
         self.on_lost: Callable[[], None] | None = None  # called when libpq has closed the socket by itself
         self._pgconn = pgconn
+        self._context = contextvars.Context()  # not that of the lease in which the reader happens to be registered
         self.answered_at = monotonic()  # when the server was last heard
         self.yielded_at = 0.0  # when the event loop last had control
         self._future: asyncio.Future[Any] | None = None
@@ -133,7 +136,7 @@ class Reader:
         if self._reading:
             self._stop_reading()
             if self._future is not None and self._state & READ:
-                self.loop.add_reader(self.fd, self._on_readable)
+                self._context.run(self.loop.add_reader, self.fd, self._on_readable)
                 self._reading = True
 
     def fail(self) -> None:
@@ -162,7 +165,7 @@ class Reader:
             state = next_state
         self._state = state
         if state & READ and not self._reading:
-            self.loop.add_reader(self.fd, self._on_readable)
+            self._context.run(self.loop.add_reader, self.fd, self._on_readable)
             self._reading = True
         if bool(state & WRITE) is not self._writing:
             self._set_writing(bool(state & WRITE))

@@ -7,8 +7,13 @@ cancellation of all tasks hits what is in flight, and is reported as the outcome
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
+import inspect
 import logging
+import os
 import random
+import weakref
 from collections.abc import Callable, Coroutine
 from functools import partial
 from threading import get_ident
@@ -57,6 +62,19 @@ class FutureWaiter(Waiter):
         self.future = future
 
 
+_all_runners: weakref.WeakSet[Runner] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # The child has the same thread, and its copy of the parent's loop claims to run: have the loop itself looked at.
+    for runner in _all_runners:
+        runner.thread = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class Runner:
     """One opening of a pool, from `open` to `closed`, bound to the event loop it is made in."""
 
@@ -65,8 +83,9 @@ class Runner:
         self.driver = driver
         self.loop = asyncio.get_running_loop()
         self.thread = get_ident()
-        self.finished: asyncio.Future[None] = self.loop.create_future()  # for what was done when it was called
-        self.finished.set_result(None)
+        # The pool's own tasks and callbacks see no context variables of whoever happened to cause them.
+        self.context = contextvars.Context()
+        self._pid = os.getpid()
         self.machine = PoolMachine(config, random.random)
         self.watch: DisconnectWatch[Session] = DisconnectWatch(self.loop, self._on_disconnect)
         self.leases = Leases(config, self.machine, self.watch, self.perform, debug=debug)
@@ -74,6 +93,7 @@ class Runner:
         self.closing: asyncio.Future[None] = self.loop.create_future()
         self.last_connect_error: Exception | None = None
         self.last_connect_error_at = 0.0
+        _all_runners.add(self)
         self._tasks: dict[Slot, asyncio.Task[None]] = {}
         self._scopes: dict[Slot, anyio.CancelScope] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -136,24 +156,29 @@ class Runner:
         self.perform(self.machine.sever(monotonic()))
 
     def let_go(self) -> None:
-        """The pool was dropped unclosed; this may be called by the garbage collector, in any thread."""
-        if self.loop.is_closed():
-            self.abandon()
-        elif asyncio._get_running_loop() is self.loop:
-            self.close()
-        elif self.loop.is_running():
-            self.loop.call_soon_threadsafe(self.close)
-        else:
-            self.abandon()
+        """The pool was dropped unclosed. The garbage collector calls this, in any thread, in the midst of anything."""
+        if os.getpid() != self._pid:
+            return  # a forked child: the sessions are the parent's
+        if self.loop.is_running():
+            with contextlib.suppress(RuntimeError):  # it is just closing
+                self.loop.call_soon_threadsafe(self.close)
+                return
+        self.abandon()
 
     def abandon(self) -> None:
         """Let go of everything without waiting, when there is no loop to wait in."""
+        if os.getpid() != self._pid:
+            return
         self._stop_timers()
+        for task in self._tasks.values():
+            work = task.get_coro()
+            if inspect.iscoroutine(work) and inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+                work.close()
         for slot in self.machine.slots():
-            if (scope := self._scopes.get(slot)) and not self.loop.is_closed():
-                scope.cancel()
             if isinstance(slot.resource, Session):
+                slot.resource.lease = SEVERED
                 slot.resource.abandon()
+        self.driver.abandon()
         self.watch.close()
 
     def _stop_timers(self) -> None:
@@ -221,9 +246,7 @@ class Runner:
     def _on_wake_at(self, wake: WakeAt) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        if wake.when is not None:
-            self._timer = self.loop.call_later(max(0.0, wake.when - monotonic()), self._on_timer)
+        self._timer = self.loop.call_later(max(0.0, wake.when - monotonic()), self._on_timer, context=self.context)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -247,15 +270,36 @@ class Runner:
     # --- tasks, one for each slot at a time -----------------------------------------------------------------
 
     def _start(self, slot: Slot, what: str, work: Coroutine[Any, Any, None]) -> None:
-        task = self.loop.create_task(work, name=f"asyncpool {self.config.name}: {what} {slot.number}")
+        name = f"asyncpool {self.config.name}: {what} {slot.number}"
+        task = self.loop.create_task(work, name=name, context=self.context)
         self._tasks[slot] = task
         task.add_done_callback(partial(self._on_task_done, slot))
 
     def _on_task_done(self, slot: Slot, task: asyncio.Task[None]) -> None:
-        if self._tasks.get(slot) is task:
-            del self._tasks[slot]
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
             logger.error("%s: a bug in asyncpool: %s failed", self.config.name, task.get_name(), exc_info=error)
+        if self._tasks.get(slot) is not task:
+            return  # a Close has taken its place
+        del self._tasks[slot]
+        if task.cancelled() or error is not None:
+            self._report_stray_end(slot)
+
+    def _report_stray_end(self, slot: Slot) -> None:
+        """Somebody cancelled the pool's task, perhaps before it began: its outcome is failure."""
+        now = monotonic()
+        if slot.state is SlotState.CONNECTING:
+            self.perform(self.machine.connect_failed(slot, ConnectFailure.TRANSIENT, now))
+        elif slot.state is SlotState.CHECKING:
+            self.perform(self.machine.check_failed(slot, CloseReason.CHECK_FAILED, now))
+        elif slot.state is SlotState.RECYCLING:
+            self.perform(self.machine.recycle_failed(slot, CloseReason.RESET_FAILED, now))
+        elif slot.state is SlotState.CLOSING:
+            if isinstance(slot.resource, Session):
+                slot.resource.abandon()
+            self.driver.abandoned += 1
+            slot.resource = None
+            self.perform(self.machine.closed(slot, now))
 
     async def _connect(self, slot: Slot) -> None:
         with anyio.CancelScope() as scope:
@@ -265,16 +309,15 @@ class Runner:
             except ConnectFailed as failed:
                 self._note_connect_error(failed.error)
                 self.perform(self.machine.connect_failed(slot, failed.failure, monotonic(), failed.reason))
-            except asyncio.CancelledError:
-                if not scope.cancel_called:
-                    self.perform(self.machine.connect_failed(slot, ConnectFailure.TRANSIENT, monotonic()))
-                raise
             else:
                 self._admit(slot, session)
             finally:
                 self._scopes.pop(slot, None)
 
     def _admit(self, slot: Slot, session: Session) -> None:
+        if slot.state is SlotState.GONE:
+            session.abandon()  # it came after its Close had stopped waiting for it
+            return
         slot.resource = session
         session.slot = slot
         session.connection._pool = self.leases
@@ -296,16 +339,10 @@ class Runner:
         self.last_connect_error_at = monotonic()
 
     async def _check(self, slot: Slot) -> None:
-        machine = self.machine
-        await self._supervise(
-            slot, self.driver.check, machine.check_passed, machine.check_failed, CloseReason.CHECK_FAILED
-        )
+        await self._supervise(slot, self.driver.check, self.machine.check_passed, self.machine.check_failed)
 
     async def _recycle(self, slot: Slot) -> None:
-        machine = self.machine
-        await self._supervise(
-            slot, self.driver.recycle, machine.recycled, machine.recycle_failed, CloseReason.RESET_FAILED
-        )
+        await self._supervise(slot, self.driver.recycle, self.machine.recycled, self.machine.recycle_failed)
 
     async def _supervise(
         self,
@@ -313,7 +350,6 @@ class Runner:
         work: Callable[[Session], Coroutine[Any, Any, None]],
         passed: Callable[[Slot, float], Effects],
         failed: Callable[[Slot, CloseReason, float], Effects],
-        if_cancelled: CloseReason,
     ) -> None:
         """Do something with an unleased session, and tell the machine how it went."""
         session = slot.resource
@@ -325,10 +361,6 @@ class Runner:
             except Unusable as unusable:
                 logger.info("%s: a connection is unusable: %s", self.config.name, unusable)
                 self.perform(failed(slot, unusable.reason, monotonic()))
-            except asyncio.CancelledError:
-                if not scope.cancel_called:
-                    self.perform(failed(slot, if_cancelled, monotonic()))
-                raise
             else:
                 session.touched = False
                 self.perform(passed(slot, monotonic()))
@@ -337,22 +369,13 @@ class Runner:
 
     async def _close(self, slot: Slot, running: asyncio.Task[None] | None) -> None:
         """End a session; its place is free when the server has confirmed the end, or `check_timeout` is over."""
-        try:
-            if running is not None:
-                await asyncio.wait((running,))  # it was told to stop, and its own deadlines bound it
-            session = slot.resource
-            if isinstance(session, Session):
-                self.watch.unregister(session.reader.fd, session)
-                self.driver.abandoned += not await session.close(self.config.check_timeout)
-        except asyncio.CancelledError:
-            if isinstance(slot.resource, Session):
-                self.watch.unregister(slot.resource.reader.fd, slot.resource)
-                slot.resource.abandon()
-            self.driver.abandoned += 1
-            raise
-        finally:
+        if running is not None:
+            # It was told to stop; a callable that does not let itself be cancelled is left behind.
+            await asyncio.wait((running,), timeout=2 * self.config.check_timeout)
+        if isinstance(slot.resource, Session):
+            self.driver.abandoned += not await slot.resource.close(self.config.check_timeout)
             slot.resource = None
-            self.perform(self.machine.closed(slot, monotonic()))
+        self.perform(self.machine.closed(slot, monotonic()))
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -47,6 +47,7 @@ class Session:
 
     __slots__ = (
         "__weakref__",
+        "backend_pid",
         "baseline",
         "cancel",
         "cancel_timeout",
@@ -69,6 +70,7 @@ class Session:
 
     def __init__(self, pgconn: PGconn, loop: asyncio.AbstractEventLoop, cancel_timeout: float) -> None:
         self.pgconn = pgconn
+        self.backend_pid = pgconn.backend_pid
         self.reader = Reader(loop, pgconn)
         self.cancel_timeout = cancel_timeout
         self.connection: Any = None
@@ -185,7 +187,8 @@ class Session:
         if fd is None or self.pgconn.status == BAD:
             return
         self._drop_limit()
-        self.ending = duplicate(fd)
+        with contextlib.suppress(OSError):  # no descriptor left: then the end is not waited for
+            self.ending = duplicate(fd)
         self.cancel = self.pgconn.cancel_conn() if self.pgconn.transaction_status == ACTIVE else None
         self.reader.stop()
         self.pgconn.finish()
@@ -203,8 +206,7 @@ class Session:
         if self.cancel is not None:
             with anyio.move_on_after(timeout):
                 await self._send_cancel(self.cancel)
-        ending, self.ending = self.ending, None
-        return await linger(ending, max(0.0, deadline - self.reader.loop.time()))
+        return await linger(self.ending, max(0.0, deadline - self.reader.loop.time()))
 
     def abandon(self) -> None:
         """End the session without waiting; for when there is no event loop to wait in."""

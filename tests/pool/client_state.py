@@ -208,6 +208,10 @@ async def knows_type(conn: Connection) -> bool:
     return conn.adapters.types.get("own_type") is not None
 
 
+async def add_type(conn: Connection) -> None:
+    conn.adapters.types.add(TypeInfo("own_type", 424242, 424243))
+
+
 async def register_own_enum(conn: Connection) -> None:
     info = EnumInfo("own_enum", 434343, 434344, labels=["yes", "no"])
     register_enum(info, conn)
@@ -251,5 +255,6 @@ SETTINGS = [
     Setting(register_dumper_of_own_type, knows_own_type),
     Setting(register_loader, text_as_loaded),
     Setting(register_type, knows_type),
+    Setting(add_type, knows_type),
     Setting(register_own_enum, knows_enum),
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from kit.servers import Admin
 
@@ -30,3 +31,10 @@ def table(admin: Admin, application_name: str) -> Iterator[str]:
     admin.execute(f"create table {name} (id integer unique deferrable initially deferred)")
     yield name
     admin.execute(f"drop table {name}")
+
+
+@pytest.fixture
+async def plain(dsn: str) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    """A connection of psycopg's own, of no pool."""
+    async with await psycopg.AsyncConnection.connect(dsn) as conn:
+        yield conn

@@ -87,6 +87,12 @@ async def in_notifies(conn: Connection, stack: AsyncExitStack) -> None:
     await anext(notifications)
 
 
+async def holding_its_lock(conn: Connection, stack: AsyncExitStack) -> None:
+    await conn.execute("select 1")
+    await conn.rollback()
+    await stack.enter_async_context(conn.lock)
+
+
 @dataclass(frozen=True)
 class Leftover:
     """One of them, and what the pool's message calls it."""
@@ -111,4 +117,5 @@ LEFTOVERS = [
     Leftover(in_stream, "stream"),
     Leftover(in_stream_by_chunks, "stream"),
     Leftover(in_notifies, "in the middle"),
+    Leftover(holding_its_lock, "in the middle"),
 ]

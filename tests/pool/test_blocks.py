@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
+from kit.loops import on_both_loops
 from kit.waiting import eventually
 from psycopg import sql
 
@@ -19,6 +20,8 @@ from .leftovers import Connection, stream
 
 if TYPE_CHECKING:
     from kit.servers import Admin
+
+pytestmark = on_both_loops
 
 
 async def insert(conn: Connection, table: str, *ids: int) -> None:

@@ -291,6 +291,21 @@ async def test_a_callable_that_keeps_its_connection_cannot_use_it_later(dsn: str
             await kept[0].execute("select 1")
 
 
+@pytest.mark.parametrize("role", ["check", "reset"])
+async def test_what_check_and_reset_set_on_the_connection_is_no_users(dsn: str, role: str) -> None:
+    async def change(conn: Connection) -> None:
+        await conn.set_autocommit(True)
+        conn.row_factory = dict_row
+        conn.prepare_threshold = None
+
+    options: dict[str, Any] = {role: change, **ROLES[role]}
+    async with Pool(dsn, max_size=1, **options) as pool:
+        for _ in range(3):
+            async with pool.acquire() as conn:
+                assert await (await conn.execute("select 1")).fetchone() == (1,)
+                assert (conn.autocommit, conn.prepare_threshold) == (False, 5)
+
+
 @each_role
 async def test_a_callable_may_use_whatever_psycopg_has(dsn: str, role: str) -> None:
     async def do_much(conn: Connection) -> None:

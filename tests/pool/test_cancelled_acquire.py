@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -13,6 +13,8 @@ from kit.loops import on_both_loops
 from kit.waiting import eventually
 
 from asyncpool import Pool, PoolTimeout
+
+from .leftovers import stream
 
 if TYPE_CHECKING:
     from kit.servers import Admin
@@ -205,4 +207,54 @@ async def test_cancelled_at_every_turn_of_the_loop_with_all_callables_nothing_is
             for task in tasks:
                 with suppress(asyncio.CancelledError):
                     await task
+        await assert_nothing_lost(pool)
+
+
+async def use_much(pool: Pool[Connection]) -> None:
+    """Each kind of statement that a cancellation may hit, quick ones all."""
+    async with pool.acquire() as conn, conn.transaction():
+        await conn.execute("create temp table if not exists much (id int)")
+        async with conn.transaction():
+            await conn.cursor().executemany("insert into much values (%s)", [(1,), (2,)])
+        async with conn.cursor().copy("copy much from stdin") as copy:
+            await copy.write_row([3])
+        async with conn.cursor().copy("copy much to stdout") as copy:
+            while await copy.read():
+                pass
+        async with conn.pipeline():
+            await conn.execute("select 1")
+            await conn.execute("select 2")
+        async with aclosing(stream(conn, "select * from much")) as rows:
+            async for _ in rows:
+                pass
+        async with conn.cursor("named") as cursor:
+            await cursor.execute("select * from much")
+            await cursor.fetchone()
+
+
+@on_both_loops
+@pytest.mark.parametrize("within_scope", [False, True])
+async def test_cancelled_at_every_turn_of_the_loop_a_connection_is_never_the_price(
+    dsn: str, within_scope: bool
+) -> None:
+    async with Pool(dsn, max_size=1, cancel_timeout=25) as pool:
+
+        async def work(scope: anyio.CancelScope) -> None:
+            with scope:
+                await use_much(pool)
+
+        for turns in range(400):
+            scope = anyio.CancelScope()
+            task = asyncio.create_task(work(scope))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if task.done():
+                break
+            if within_scope:
+                scope.cancel()
+            else:
+                task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled() or task.exception() is None, task.exception()
+        assert pool.stats().connects == 1
         await assert_nothing_lost(pool)

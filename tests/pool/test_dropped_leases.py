@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from kit.loops import on_both_loops
 from kit.waiting import eventually
 from psycopg import sql
 
@@ -41,6 +42,7 @@ async def assert_came_back(pool: Pool[Connection], pid: int) -> None:
         await conn.execute("select 1")
 
 
+@on_both_loops
 async def test_a_dropped_lease_comes_back_with_a_warning_that_names_where_it_was_acquired(dsn: str) -> None:
     async with Pool(dsn, max_size=1, name="orders") as pool:
         conn = await pool.acquire()
@@ -136,6 +138,7 @@ async def test_a_lease_dropped_in_the_middle_of_something_comes_back(dsn: str, l
             await assert_came_back(pool, pid)
 
 
+@on_both_loops
 async def test_a_lease_that_another_thread_drops_comes_back(dsn: str) -> None:
     async with Pool(dsn, max_size=1) as pool:
         held = [await pool.acquire()]

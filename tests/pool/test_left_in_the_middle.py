@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from kit.loops import on_both_loops
 from kit.waiting import eventually
 
 from asyncpool import CloseReason, Pool, PoolError
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from kit.servers import Admin
 
     from asyncpool.cli.embedded import EmbeddedServer
+
+pytestmark = on_both_loops
 
 each_leftover = pytest.mark.parametrize("leftover", LEFTOVERS, ids=str)
 

@@ -90,6 +90,17 @@ async def test_a_release_in_a_transaction_warns_once_and_names_the_acquire_site(
     assert "test_a_release_in_a_transaction_warns_once" in warning
 
 
+async def test_a_block_that_fails_in_its_transaction_is_no_reason_to_warn(
+    dsn: str, table: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Pool(dsn, max_size=1) as pool:
+        with pytest.raises(LookupError):
+            async with pool.acquire() as conn:
+                await insert(conn, table)
+                raise LookupError
+    assert warnings_of(caplog) == []
+
+
 async def test_a_connection_released_in_a_failed_transaction_is_used_again(dsn: str) -> None:
     async with Pool(dsn, max_size=1) as pool:
         conn = await pool.acquire()

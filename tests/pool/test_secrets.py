@@ -172,6 +172,18 @@ async def test_a_password_that_was_not_quoted_is_not_told(
     assert witness.saw(ODD_PASSWORDS[user]) == []
 
 
+@pytest.mark.parametrize("password", ["sesame@treasure.invalid/cave", "sesame@treasure.invalid:1/cave?x=cave"])
+async def test_a_part_of_a_password_that_passes_for_a_host_name_is_not_told(
+    password: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    conninfo = f"postgresql://app:{password}@127.0.0.1/orders"
+    with watching(caplog) as witness:
+        await try_everything(lambda: Pool(conninfo, backoff_initial=0.01), witness)
+        await try_everything(lambda: Pool(lambda: conninfo, backoff_initial=0.01), witness)
+    assert any("***" in text for text in witness.texts)
+    assert witness.saw(password) == []
+
+
 @each_password
 async def test_a_password_in_an_option_that_is_misspelt_is_not_told(
     user: str, caplog: pytest.LogCaptureFixture

@@ -267,3 +267,23 @@ async def test_a_dropped_lease_is_replaced_within_the_size(dsn: str, sampler: Sa
         async with Pool(dsn, min_size=0, max_size=MAX_SIZE) as pool:
             await work_until(pool, lambda: closed(pool, CloseReason.LEASE_LOST) >= 40, drop)
     assert sampler.most == MAX_SIZE
+
+
+async def test_cancelling_every_task_of_the_loop_again_and_again_loses_no_place(dsn: str, sampler: Sampler) -> None:
+    async def work(pool: Pool[Any]) -> None:
+        while True:
+            with suppress(PoolError, psycopg.OperationalError):
+                await use(pool)
+
+    async with Pool(dsn, min_size=1, max_size=MAX_SIZE, max_uses=5, backoff_initial=0.001, backoff_max=0.01) as pool:
+        with sampler:
+            for number in range(1, 21):
+                workers = [asyncio.create_task(work(pool)) for _ in range(TASKS)]
+                await eventually(lambda: pool.stats().acquires > 20 * number, timeout=20)  # noqa: B023
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    task.cancel()
+                await asyncio.wait(workers)
+            connections = [await pool.acquire() for _ in range(MAX_SIZE)]
+            for connection in connections:
+                await pool.release(connection)
+        assert sampler.most <= MAX_SIZE + pool.stats().abandoned

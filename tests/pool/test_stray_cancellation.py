@@ -1,113 +1,117 @@
-"""Somebody cancels every task of the event loop, the pool's included: no place is lost."""
+"""Somebody cancels every task of the event loop, the pool's own included: the next input repairs what it broke."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
+from kit.loops import on_both_loops
 from kit.waiting import eventually
 
-from asyncpool import Pool, PoolError
-
-from .client_state import Connection, first_value
+from asyncpool import Pool, PoolClosed, PoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from kit.servers import Admin
 
+pytestmark = on_both_loops
 
-def cancel_all_others() -> int:
+MOMENTS = [number / 4000 for number in range(0, 30, 2)]  # seconds: before, during and after a connect
+
+
+async def use(pool: Pool[Any]) -> None:
+    async with pool.acquire(timeout=30) as connection:
+        await connection.execute("select 1")
+
+
+async def cancel_everything() -> None:
+    """Every task but this one, and wait until they have seen it."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
-    return len(others)
+    await asyncio.gather(*others, return_exceptions=True)
 
 
-async def release_in_transaction(pool: Pool[Connection]) -> None:
-    conn = await pool.acquire()
-    await conn.execute("select 1")
-    await pool.release(conn)
+async def use_all(pool: Pool[Any]) -> None:
+    """All places can be had at once: none is lost."""
+    connections = [await pool.acquire(timeout=30) for _ in range(pool.stats().max_size)]
+    for connection in connections:
+        await connection.execute("select 1")
+        await connection.commit()
+        await pool.release(connection)
 
 
-async def release_in_the_middle(pool: Pool[Connection]) -> None:
-    conn = await pool.acquire()
-    cursor = conn.cursor()
-    async with cursor.copy("copy (select generate_series(1, 100000)) to stdout") as copy:
-        await copy.read()
-    await pool.release(conn)
-
-
-async def drain(pool: Pool[Connection]) -> None:
-    pool.drain()
-
-
-async def check(pool: Pool[Connection]) -> None:
-    checking = asyncio.ensure_future(pool.check())
-    await asyncio.sleep(0)
-    checking.add_done_callback(lambda _: None)
-
-
-async def grow(pool: Pool[Connection]) -> None:
-    pool.resize(2, 2)
-
-
-@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 10, 20])
-@pytest.mark.parametrize("work", [release_in_transaction, release_in_the_middle, drain, check, grow])
-async def test_the_pool_works_on_after_all_its_tasks_were_cancelled(
-    dsn: str,
-    admin: Admin,
-    application_name: str,
-    work: Callable[[Pool[Connection]], Awaitable[None]],
-    turns: int,
-) -> None:
-    async with Pool(dsn, min_size=1, max_size=2, acquire_timeout=10, backoff_max=0.1) as pool:
-        await work(pool)
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        cancel_all_others()
-        await asyncio.sleep(0)
-        conns = [await pool.acquire() for _ in range(2)]
-        for conn in conns:
-            assert await first_value(conn, "select 1") == 1
-            await conn.commit()
-            await pool.release(conn)
-        await eventually(lambda: admin.sessions(application_name) == pool.stats().size <= 2)
-
-
-async def test_a_connect_that_was_cancelled_before_it_began_is_made_up_for(dsn: str) -> None:
-    async with Pool(dsn, min_size=0, max_size=1, backoff_max=0.1) as pool:
-        waiting = asyncio.ensure_future(pool.acquire(timeout=10))
-        await asyncio.sleep(0)
-        assert pool.stats().connecting == 1
-        assert cancel_all_others() >= 2
-        await asyncio.wait([waiting])
-        assert waiting.cancelled()
-        conn = await pool.acquire(timeout=10)
-        await pool.release(conn)
-
-
-async def test_an_open_whose_connects_are_cancelled_goes_on_or_fails_but_does_not_hang(dsn: str) -> None:
-    pool = Pool(dsn, min_size=2, max_size=2, backoff_max=0.1)
-    opening = asyncio.ensure_future(pool.open(timeout=10))
-    await asyncio.sleep(0)
-    for task in asyncio.all_tasks() - {asyncio.current_task(), opening}:
-        task.cancel()
-    try:
-        await opening
-    except PoolError:
-        return
-    assert pool.stats().idle == 2
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_while_it_connects(dsn: str, moment: float) -> None:
+    pool = Pool(dsn, min_size=3, max_size=3, backoff_initial=0.01)
+    await pool.open(wait=False)
+    await asyncio.sleep(moment)
+    await cancel_everything()
+    await use_all(pool)
+    await eventually(lambda: pool.stats().idle == 3)
     await pool.close()
 
 
-async def test_a_close_whose_tasks_are_cancelled_ends(dsn: str, admin: Admin, application_name: str) -> None:
-    pool = Pool(dsn, min_size=2, max_size=2)
+@pytest.mark.parametrize("moment", MOMENTS[:5])
+async def test_while_it_closes_connections(dsn: str, admin: Admin, application_name: str, moment: float) -> None:
+    async with Pool(dsn, min_size=3, max_size=3, backoff_initial=0.01) as pool:
+        pool.drain()
+        await asyncio.sleep(moment)
+        await cancel_everything()
+        await use_all(pool)
+        await eventually(lambda: pool.stats().idle == pool.stats().size == 3)
+        # What was cancelled in the middle of its closing is over all the same.
+        await eventually(lambda: admin.sessions(application_name) == 3)
+
+
+@pytest.mark.parametrize("reset", ["rollback", "session"])
+async def test_while_connections_are_checked_and_recycled(
+    dsn: str, admin: Admin, application_name: str, reset: Any
+) -> None:
+    async with Pool(dsn, min_size=0, max_size=3, check_interval=0, reset=reset, backoff_initial=0.01) as pool:
+        for turns in range(12):
+            users = [asyncio.create_task(use(pool)) for _ in range(6)]
+            released = await pool.acquire(timeout=30)
+            await released.execute("select 1")
+            await pool.release(released)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await cancel_everything()
+            assert all(user.done() for user in users)
+        await use_all(pool)
+        await eventually(lambda: admin.sessions(application_name) == pool.stats().size)
+
+
+@pytest.mark.parametrize("moment", MOMENTS[:5])
+async def test_while_the_pool_is_being_closed(dsn: str, admin: Admin, application_name: str, moment: float) -> None:
+    pool = Pool(dsn, min_size=3)
     await pool.open()
-    closing = asyncio.ensure_future(pool.close())
-    await asyncio.sleep(0)
-    for task in asyncio.all_tasks() - {asyncio.current_task(), closing}:
-        task.cancel()
-    await asyncio.wait_for(closing, 10)
+    closing = asyncio.create_task(pool.close())
+    await asyncio.sleep(moment)
+    await cancel_everything()
+    assert closing.done()
+    await pool.close()
+    with pytest.raises(PoolClosed):
+        await pool.acquire()
     await eventually(lambda: admin.sessions(application_name) == 0)
+    async with pool:
+        await use_all(pool)
+
+
+async def test_again_and_again_under_load(dsn: str, admin: Admin, application_name: str) -> None:
+    async def work(pool: Pool[Any]) -> None:
+        while True:
+            with suppress(PoolError, psycopg.OperationalError):
+                await use(pool)
+
+    async with Pool(dsn, min_size=1, max_size=3, max_uses=5, backoff_initial=0.001, backoff_max=0.01) as pool:
+        for _ in range(20):
+            done = pool.stats().acquires
+            workers = [asyncio.create_task(work(pool)) for _ in range(6)]
+            await eventually(lambda: pool.stats().acquires > done + 20)  # noqa: B023
+            await cancel_everything()
+            assert all(worker.cancelled() for worker in workers)
+        await use_all(pool)
+        await eventually(lambda: admin.sessions(application_name) == pool.stats().size)

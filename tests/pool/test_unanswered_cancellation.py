@@ -19,7 +19,7 @@ from .interruptions import OPERATIONS, WAYS, Operation, Way, asyncio_timeout, ex
 from .leftovers import stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
     from kit.servers import Admin
 
@@ -197,5 +197,40 @@ async def test_a_commit_at_the_blocks_end_that_is_not_answered_can_be_cancelled(
             await asyncio.wait([task], timeout=30)
             assert task.cancelled()
             assert time.monotonic() - began < TOO_LATE
+            await assert_goes_on(pool, pid)
+        await ended(private_admin, pid)
+
+
+STEPS: dict[str, Callable[[Connection], Awaitable[object]]] = {
+    "execute": lambda conn: conn.execute("select 1"),
+    "start of a transaction block": lambda conn: conn.transaction().__aenter__(),
+    "start of a pipeline": lambda conn: conn.pipeline().__aenter__(),
+    "start of a copy": lambda conn: conn.cursor().copy("copy (select 1) to stdout").__aenter__(),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_whatever_a_caller_begins_with_a_frozen_server_process_it_can_be_cancelled(
+    private_dsn: str, private_admin: Admin, step: str
+) -> None:
+    async with impatient(private_dsn) as pool:
+        conn = await pool.acquire()
+        pid = conn.info.backend_pid
+        with thawed_at_the_end(pid):
+            freeze(pid)
+
+            async def begin() -> None:
+                await STEPS[step](conn)
+                await conn.execute("select 1")  # a pipeline begins without a word
+
+            task = asyncio.create_task(begin())
+            await asyncio.sleep(0.05)
+            assert not task.done()
+            began = time.monotonic()
+            task.cancel()
+            await asyncio.wait([task], timeout=30)
+            assert task.cancelled()
+            assert time.monotonic() - began < TOO_LATE
+            await pool.release(conn)
             await assert_goes_on(pool, pid)
         await ended(private_admin, pid)
