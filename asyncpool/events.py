@@ -27,7 +27,7 @@ class CloseReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """A pool at one instant. Sizes are connections (`size` is their sum), totals count since construction."""
+    """A pool at one instant. Sizes are connections (`size` is their sum), totals count since the pool was last opened."""
 
     name: str
     min_size: int
@@ -45,7 +45,7 @@ class PoolStats:
     connects: int
     connect_errors: int
     abandoned: int
-    """Sessions whose end the server did not confirm within `check_timeout`: it may count them for longer."""
+    """Sessions whose end the server did not confirm in time, since construction: it may count them for longer."""
     closes: Mapping[CloseReason, int]
 
 

@@ -347,7 +347,7 @@ class Pool(Generic[C]):
         await runner.wait_for_checks()
 
     def stats(self) -> PoolStats:
-        """The sizes now, and the totals since the pool was opened. Of a closed pool all are 0."""
+        """The sizes now, all 0 of a closed pool, and the totals since it was last opened."""
         runner = self._runner
         machine = runner.machine if runner is not None and runner.phase is not PoolPhase.CLOSED else None
         count = machine.count if machine is not None else lambda state: 0

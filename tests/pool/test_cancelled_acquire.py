@@ -227,9 +227,6 @@ async def use_much(pool: Pool[Connection]) -> None:
         async with aclosing(stream(conn, "select * from much")) as rows:
             async for _ in rows:
                 pass
-        async with conn.cursor("named") as cursor:
-            await cursor.execute("select * from much")
-            await cursor.fetchone()
 
 
 @on_both_loops

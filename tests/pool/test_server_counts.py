@@ -59,6 +59,10 @@ async def test_growth_stops_at_max_size(dsn: str, sampler: Sampler) -> None:
     with sampler:
         async with Pool(dsn, min_size=0, max_size=MAX_SIZE, max_connecting=100) as pool:
             await asyncio.gather(*(use(pool) for _ in range(100)))
+            held = [await pool.acquire() for _ in range(MAX_SIZE)]
+            await eventually(lambda: sampler.most >= MAX_SIZE)
+            for conn in held:
+                await pool.release(conn)
     assert sampler.most == MAX_SIZE
 
 

@@ -282,7 +282,8 @@ async def failing_then(answer: str, failure: BaseException) -> AsyncIterator[Cal
 async def test_a_callable_that_raises_is_asked_again(dsn: str) -> None:
     async with failing_then(dsn, ConnectionError("vault is sealed")) as conninfo:
         pool = Pool(conninfo, backoff_initial=0.01)
-        await fails_to_open(pool, psycopg.OperationalError, "ConnectionError: vault is sealed", timeout=0)
+        # Its words are not repeated: they may hold the password that it was about to return.
+        await fails_to_open(pool, psycopg.OperationalError, "callable raised ConnectionError$", timeout=0)
         async with pool:
             assert pool.stats().idle == 1
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import psycopg
 import pytest
 from kit.loops import on_both_loops
 from kit.waiting import eventually
 
-from asyncpool import Pool, PoolClosed, PoolError
+from asyncpool import Pool, PoolClosed
 
 if TYPE_CHECKING:
     from kit.servers import Admin
@@ -98,20 +96,3 @@ async def test_while_the_pool_is_being_closed(dsn: str, admin: Admin, applicatio
     await eventually(lambda: admin.sessions(application_name) == 0)
     async with pool:
         await use_all(pool)
-
-
-async def test_again_and_again_under_load(dsn: str, admin: Admin, application_name: str) -> None:
-    async def work(pool: Pool[Any]) -> None:
-        while True:
-            with suppress(PoolError, psycopg.OperationalError):
-                await use(pool)
-
-    async with Pool(dsn, min_size=1, max_size=3, max_uses=5, backoff_initial=0.001, backoff_max=0.01) as pool:
-        for _ in range(20):
-            done = pool.stats().acquires
-            workers = [asyncio.create_task(work(pool)) for _ in range(6)]
-            await eventually(lambda: pool.stats().acquires > done + 20)  # noqa: B023
-            await cancel_everything()
-            assert all(worker.cancelled() for worker in workers)
-        await use_all(pool)
-        await eventually(lambda: admin.sessions(application_name) == pool.stats().size)
