@@ -45,7 +45,7 @@ class PoolStats:
     connects: int
     connect_errors: int
     abandoned: int
-    """Sessions whose end the server did not confirm in time, since construction: it may count them for longer."""
+    """Sessions whose end the server did not confirm in time, since construction."""
     closes: Mapping[CloseReason, int]
 
 

@@ -324,9 +324,9 @@ class VirtualPool:
         elif isinstance(effect, Refuse):
             self._refuse(effect)
         elif isinstance(effect, WakeAt):
-            assert effect.when is None or effect.when > self.now, "a wake-up in the past, or a busy loop"
+            assert effect.when > self.now, "a wake-up in the past, or a busy loop"
             assert effect.when != NEVER, "no timer takes that"
-            self.wake_at = NEVER if effect.when is None else effect.when
+            self.wake_at = effect.when
         elif isinstance(effect, Opened):
             self.opened += 1
         elif isinstance(effect, OpeningFailed):

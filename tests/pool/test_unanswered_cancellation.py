@@ -45,7 +45,7 @@ def thawed_at_the_end(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def impatient(dsn: str) -> Pool[psycopg.AsyncConnection[psycopg.rows.TupleRow]]:
+def impatient(dsn: str) -> Pool[Connection]:
     return Pool(dsn, min_size=0, max_size=1, cancel_timeout=CANCEL_TIMEOUT, check_timeout=CHECK_TIMEOUT)
 
 
@@ -60,10 +60,10 @@ async def ended(admin: Admin, pid: int) -> None:
 
 
 # Every operation in some ways, and one in all: the deadline does not depend on how often one is cancelled.
-COMBINATIONS: list[tuple[Operation, Way]] = [
+IN_SOME_WAYS: list[tuple[Operation, Way]] = [
     (operation, way) for operation in OPERATIONS for way in (task_cancel, asyncio_timeout)
 ]
-COMBINATIONS += [(execute, way) for way in WAYS if (execute, way) not in COMBINATIONS]
+COMBINATIONS = IN_SOME_WAYS + [(execute, way) for way in WAYS if (execute, way) not in IN_SOME_WAYS]
 
 
 @pytest.mark.parametrize(("operation", "way"), COMBINATIONS, ids=lambda function: function.__name__)
