@@ -27,7 +27,7 @@ class CloseReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """A pool at one instant. Sizes are connections (`size` is their sum), totals count since the pool was last opened."""
+    """A pool at one instant. `size` is the sum of the connections; totals count since the pool was last opened."""
 
     name: str
     min_size: int
