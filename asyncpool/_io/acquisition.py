@@ -83,9 +83,13 @@ class Acquisition(Generic[C]):
             if effects := runner.machine.enqueue(waiter, monotonic()):
                 runner.perform(effects)
             try:
+                if waiter.future.done() and waiter.slot is None:
+                    yield  # refused at once: a loop that tries again must not keep the event loop from everybody else
                 yield from waiter.future
             except BaseException:
                 runner.perform(runner.machine.withdraw(waiter, monotonic()))
+                if waiter.future.done() and not waiter.future.cancelled():
+                    waiter.future.exception()  # seen: a refusal that nobody waits for is no news
                 raise
             slot = waiter.slot
             if slot is None or slot.state is not LEASED:

@@ -177,13 +177,35 @@ async def test_an_impossible_timeout_is_refused_when_there_is_something_to_wait_
 
 
 def step(pool: Pool[Any]) -> AsyncConnection[Any]:
-    """`await pool.acquire(timeout=0)`, failing if that would suspend."""
+    """`await pool.acquire(timeout=0)`, failing if that would wait: a refusal yields to the event loop, once."""
+    steps = pool.acquire(timeout=0).__await__()
     try:
-        next(pool.acquire(timeout=0).__await__())
+        assert next(steps) is None, "it waits for something"
+        next(steps)
     except StopIteration as done:
         connection: AsyncConnection[Any] = done.value
         return connection
     raise AssertionError("it waits")
+
+
+@pytest.mark.parametrize("options", [{"acquire_timeout": 0}, {"max_waiting": 0}], ids=["timeout", "max_waiting"])
+async def test_who_is_refused_and_tries_again_at_once_does_not_freeze_the_event_loop(
+    dsn: str, options: dict[str, Any]
+) -> None:
+    async with Pool(dsn, min_size=1, max_size=1, **options) as pool:
+        connection = await pool.acquire()
+
+        async def insist() -> None:
+            while True:
+                with suppress(PoolTimeout, TooManyWaiting):
+                    await pool.release(await pool.acquire())
+                    return
+
+        insisting = asyncio.create_task(insist())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await pool.release(connection)
+        await asyncio.wait_for(insisting, 30)
 
 
 @on_both_loops
@@ -227,7 +249,7 @@ async def test_one_more_than_max_waiting_is_refused_at_once(dsn: str) -> None:
         tasks = [enqueue(pool) for _ in range(3)]
         await eventually(lambda: pool.stats().waiting == 3)
         with pytest.raises(TooManyWaiting, match="3"):
-            next(pool.acquire().__await__())
+            await pool.acquire()
         tasks[1].cancel()
         await eventually(lambda: pool.stats().waiting == 2)
         tasks[1] = enqueue(pool)  # there is room again
