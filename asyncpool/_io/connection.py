@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import sys
 import weakref
 from functools import partial
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
-import anyio
 from psycopg import AsyncConnection, BaseConnection
 from psycopg._connection_base import NoticeHandler, NotifyHandler
+from psycopg._pipeline_base import BasePipeline
 from psycopg.abc import PQGen
+from psycopg.generators import copy_end
+from psycopg.transaction import BaseTransaction
 
 from ..errors import PoolError, WrongLoop
 from .reader import BAD
@@ -41,7 +45,8 @@ class PooledConnection(AsyncConnection[Any]):
         """Drive a generator of psycopg, which does all I/O of a connection through this method.
 
         A cancellation ends the statement on the server and keeps the connection, within `cancel_timeout`; it is
-        then re-raised. `interval` is psycopg's and not needed here. Raises PoolError after the release.
+        then re-raised. So is one that struck in the user's own code, inside a block of psycopg's that now ends.
+        `interval` is psycopg's and not needed here. Raises PoolError after the release.
         """
         session = self._session
         reader = session.reader
@@ -50,19 +55,26 @@ class PooledConnection(AsyncConnection[Any]):
             state = next(gen)
         except StopIteration as done:
             session.lift_limit()
-            await reader.let_others_run()
+            try:
+                await reader.let_others_run()
+            except asyncio.CancelledError:
+                await self._end_statement(None)
+                raise
             result: RV = done.value
             return result
         except BaseException:
             reader.stop_if_lost()
             raise
         future = reader.drive(gen, state)
-        timer = reader.loop.call_later(timeout, reader.expire) if timeout is not None else None
+        timer: asyncio.TimerHandle | None = None
+        if timeout is not None:
+            timer = reader.loop.call_later(timeout, reader.expire)
+        elif _ends_cancelled_block(gen):
+            timer = reader.loop.call_later(session.cancel_timeout, session.sever)
         try:
             return await future
         except asyncio.CancelledError:
-            if self.pgconn.transaction_status == ACTIVE:
-                await session.end_statement(gen if future.cancelled() else None)
+            await self._end_statement(gen if future.cancelled() else None)
             raise
         except GeneratorExit:
             session.sever()  # the coroutine was closed: nobody can wait for the statement's end
@@ -85,13 +97,22 @@ class PooledConnection(AsyncConnection[Any]):
 
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:
         """psycopg's way to end a COPY or a stream half-way. It then reads to the end, for which there is no more than
-        `cancel_timeout`, whatever comes meanwhile.
+        `cancel_timeout`, whatever comes meanwhile. A cancellation that comes meanwhile is raised at that end.
         """
         session = self._session
-        with anyio.CancelScope(shield=True):
-            if not await session.request_cancel():
-                session.sever()  # it might still be carried out, upon the next user's statement
+        task = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
+        await session.cancel_statement()
         session.limit_ending()
+        if task.cancelling() > cancellations:
+            await self._end_statement(None)
+            raise asyncio.CancelledError
+
+    async def _end_statement(self, gen: PQGen[Any] | None) -> None:
+        """After a cancellation. In pipeline mode there is something to end also before it was sent."""
+        if self.pgconn.transaction_status == ACTIVE or (gen is not None and self.pgconn.pipeline_status):
+            await self._session.end_statement(gen)
 
     async def close(self) -> None:
         """Give the connection back to its pool, which closes it if it cannot be used again.
@@ -130,6 +151,17 @@ class PooledConnection(AsyncConnection[Any]):
         pgconn.notice_handler = partial(BaseConnection._notice_handler, wself)
         pgconn.notify_handler = partial(BaseConnection._notify_handler, wself)
         return other
+
+
+# By these psycopg ends a block that was left.
+_BLOCK_ENDS = frozenset(
+    cast(FunctionType, function).__code__ for function in (copy_end, BasePipeline._exit_gen, BaseTransaction._exit_gen)
+)
+
+
+def _ends_cancelled_block(gen: PQGen[Any]) -> bool:
+    """Whether a block of psycopg's is left because its user was cancelled in it."""
+    return isinstance(sys.exception(), asyncio.CancelledError) and getattr(gen, "gi_code", None) in _BLOCK_ENDS
 
 
 def describe_unfinished(connection: PooledConnection) -> str:

@@ -118,7 +118,7 @@ class Session:
         """
         with anyio.CancelScope(shield=True):
             deadline = self.reader.loop.time() + self.cancel_timeout
-            request = self.reader.loop.create_task(self.request_cancel(), name="asyncpool: cancel a statement")
+            request = self._start_cancel()
             ended = self.reader.resume(generator) if generator is not None else None
             if ended is None or await self._await_until(ended, deadline):
                 await self._drop_results(deadline)
@@ -126,6 +126,17 @@ class Session:
             # next user does.
             requested = await self._await_until(request, deadline) and request.result()
             if not requested or self.pgconn.transaction_status == ACTIVE:
+                self.sever()
+
+    async def cancel_statement(self) -> None:
+        """Have the server cancel the running statement, which is then to be read to its end. Severs if it is not known
+        to have done so within `cancel_timeout`: the request might still be carried out, upon the next user's statement.
+        As with `end_statement`, cancellations that arrive meanwhile change nothing.
+        """
+        with anyio.CancelScope(shield=True):
+            deadline = self.reader.loop.time() + self.cancel_timeout
+            request = self._start_cancel()
+            if not (await self._await_until(request, deadline) and request.result()):
                 self.sever()
 
     def limit_ending(self) -> None:
@@ -144,7 +155,10 @@ class Session:
             self.ending_limit.cancel()
             self.ending_limit = None
 
-    async def request_cancel(self) -> bool:
+    def _start_cancel(self) -> asyncio.Task[bool]:
+        return self.reader.loop.create_task(self._request_cancel(), name="asyncpool: cancel a statement")
+
+    async def _request_cancel(self) -> bool:
         """Ask the server to cancel what it does for this session. False if it is not known to have done so."""
         if self.pgconn.status == BAD:
             return True
@@ -175,7 +189,7 @@ class Session:
             try:
                 await asyncio.wait((future,), timeout=remaining)
             except asyncio.CancelledError:
-                continue  # re-raised by the caller, which is in the middle of handling the first one
+                continue  # for the caller to raise
         _retrieve(future)
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import anyio
@@ -14,6 +15,7 @@ from .leftovers import stream
 
 Connection = psycopg.AsyncConnection[Any]
 Operation: TypeAlias = Callable[[Connection], Coroutine[Any, Any, None]]
+Pause: TypeAlias = Callable[[Connection, asyncio.Event], Coroutine[Any, Any, None]]
 Work: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 Way: TypeAlias = Callable[[Work, Callable[[], bool]], Coroutine[Any, Any, None]]
 
@@ -138,6 +140,79 @@ async def read_server_cursor(conn: Connection) -> None:
     async with conn.cursor("slow_cursor") as cursor:
         await cursor.execute(f"select pg_sleep({FOREVER})".encode())
         await cursor.fetchone()
+
+
+# These are to be cancelled in their user's own code, between two pieces of what the server sends or takes: they set
+# the event when they are there.
+
+
+async def pause_in_stream(conn: Connection, half_way: asyncio.Event) -> None:
+    async with aclosing(stream(conn, "select repeat('x', 1000) from generate_series(1, 1000000)")) as rows:
+        async for _ in rows:
+            half_way.set()
+            await asyncio.Event().wait()
+
+
+async def pause_in_stream_by_chunks(conn: Connection, half_way: asyncio.Event) -> None:
+    async with aclosing(stream(conn, "select repeat('x', 1000) from generate_series(1, 1000000)", size=100)) as rows:
+        async for _ in rows:
+            half_way.set()
+            await asyncio.Event().wait()
+
+
+async def pause_in_copy_out(conn: Connection, half_way: asyncio.Event) -> None:
+    rows = "copy (select repeat('x', 1000) from generate_series(1, 1000000)) to stdout"
+    async with conn.cursor().copy(rows) as copy:
+        await copy.read()
+        half_way.set()
+        await asyncio.Event().wait()
+
+
+async def pause_in_copy_in(conn: Connection, half_way: asyncio.Event) -> None:
+    await conn.execute("create temp table received (id int)")
+    async with conn.cursor().copy("copy received from stdin") as copy:
+        await copy.write_row([1])
+        half_way.set()
+        await asyncio.Event().wait()
+
+
+async def pause_in_transaction_block(conn: Connection, half_way: asyncio.Event) -> None:
+    async with conn.transaction():
+        half_way.set()
+        await asyncio.Event().wait()
+
+
+async def pause_in_nested_transaction_block(conn: Connection, half_way: asyncio.Event) -> None:
+    async with conn.transaction(), conn.transaction():
+        half_way.set()
+        await asyncio.Event().wait()
+
+
+async def pause_in_pipeline(conn: Connection, half_way: asyncio.Event) -> None:
+    async with conn.pipeline():
+        await conn.execute("select 1")
+        half_way.set()
+        await asyncio.Event().wait()
+
+
+async def pause_in_synced_pipeline(conn: Connection, half_way: asyncio.Event) -> None:
+    async with conn.pipeline() as pipe:
+        await conn.execute("select 1")
+        await pipe.sync()
+        half_way.set()
+        await asyncio.Event().wait()
+
+
+PAUSES: list[Pause] = [
+    pause_in_stream,
+    pause_in_stream_by_chunks,
+    pause_in_copy_out,
+    pause_in_copy_in,
+    pause_in_transaction_block,
+    pause_in_nested_transaction_block,
+    pause_in_pipeline,
+    pause_in_synced_pipeline,
+]
 
 
 OPERATIONS: list[Operation] = [

@@ -12,7 +12,7 @@ from kit.waiting import eventually
 
 from asyncpool import Pool
 
-from .interruptions import OPERATIONS, WAYS, Operation, Way, execute
+from .interruptions import OPERATIONS, PAUSES, WAYS, Operation, Pause, Way, execute
 
 if TYPE_CHECKING:
     from kit.servers import Admin
@@ -46,6 +46,28 @@ async def test_a_cancelled_statement_ends_and_its_connection_goes_on(
 
         await way(work, lambda: is_asleep(admin, application_name))
         assert pool.stats().leased == 0
+        async with pool.acquire() as conn:
+            assert conn.info.backend_pid == pid
+            cursor = await conn.execute("select 'fine'")
+            assert await cursor.fetchall() == [("fine",)]
+        assert pool.stats().closes == {}
+
+
+@each_way
+@pytest.mark.parametrize("pause", PAUSES, ids=lambda pause: pause.__name__)
+async def test_what_is_cancelled_between_two_pieces_ends_and_its_connection_goes_on(
+    dsn: str, way: Way, pause: Pause
+) -> None:
+    async with Pool(dsn, max_size=1, cancel_timeout=PATIENCE, check_timeout=PATIENCE) as pool:
+        async with pool.acquire() as conn:
+            pid = conn.info.backend_pid
+        half_way = asyncio.Event()
+
+        async def work() -> None:
+            async with pool.acquire() as conn:
+                await pause(conn, half_way)
+
+        await way(work, half_way.is_set)
         async with pool.acquire() as conn:
             assert conn.info.backend_pid == pid
             cursor = await conn.execute("select 'fine'")

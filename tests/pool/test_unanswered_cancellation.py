@@ -15,11 +15,10 @@ from kit.waiting import eventually
 
 from asyncpool import Pool
 
-from .interruptions import OPERATIONS, WAYS, Operation, Way, asyncio_timeout, execute, task_cancel
-from .leftovers import stream
+from .interruptions import OPERATIONS, PAUSES, WAYS, Operation, Pause, Way, asyncio_timeout, execute, task_cancel
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from kit.servers import Admin
 
@@ -120,42 +119,30 @@ async def test_a_frozen_postmaster_holds_up_no_cancelled_caller(
         await ended(private_admin, pid)
 
 
-async def read_half_of_a_stream(conn: Connection, half_way: asyncio.Event) -> None:
-    async for _ in stream(conn, "select repeat('x', 1000) from generate_series(1, 1000000)"):
-        half_way.set()
-        await asyncio.Event().wait()
-
-
-async def read_half_of_a_copy(conn: Connection, half_way: asyncio.Event) -> None:
-    rows = "copy (select repeat('x', 1000) from generate_series(1, 1000000)) to stdout"
-    async with conn.cursor().copy(rows) as copy:
-        await copy.read()
-        half_way.set()
-        await asyncio.Event().wait()
-
-
-@pytest.mark.parametrize("read", [read_half_of_a_stream, read_half_of_a_copy])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("pause", PAUSES, ids=lambda pause: pause.__name__)
 async def test_what_lies_in_the_socket_does_not_pass_for_an_answer_to_the_cancellation(
-    private_dsn: str, private_admin: Admin, read: Callable[[Connection, asyncio.Event], Coroutine[Any, Any, None]]
+    private_dsn: str, private_admin: Admin, way: Way, pause: Pause
 ) -> None:
     async with impatient(private_dsn) as pool:
         async with pool.acquire() as conn:
             pid = conn.info.backend_pid
         half_way = asyncio.Event()
+        frozen_at: list[float] = []
+
+        def half_way_and_frozen() -> bool:
+            if half_way.is_set() and not frozen_at:
+                freeze(pid)
+                frozen_at.append(time.monotonic())
+            return bool(frozen_at)
 
         async def work() -> None:
             async with pool.acquire() as conn:
-                await read(conn, half_way)
+                await pause(conn, half_way)
 
-        task = asyncio.create_task(work())
-        await half_way.wait()
         with thawed_at_the_end(pid):
-            freeze(pid)
-            began = time.monotonic()
-            task.cancel()
-            await asyncio.wait([task], timeout=30)
-            assert task.cancelled()
-            assert time.monotonic() - began < TOO_LATE
+            await way(work, half_way_and_frozen)
+            assert time.monotonic() - frozen_at[0] < TOO_LATE
             await assert_goes_on(pool, pid)
         await ended(private_admin, pid)
 
