@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, TypeAlias
 
+from .queue import Waiter
+
 if TYPE_CHECKING:
     from ..events import CloseReason
-    from .queue import Waiter
     from .slot import Slot
 
 
@@ -52,14 +53,6 @@ class Close:
 
 
 @dataclass(slots=True)
-class Grant:
-    """The slot is leased to the waiter already: wake it."""
-
-    waiter: Waiter
-    slot: Slot
-
-
-@dataclass(slots=True)
 class Refuse:
     """The waiter has left the queue without a connection: wake it with an error."""
 
@@ -89,7 +82,8 @@ class Closed:
     """The last slot is gone."""
 
 
-Effect: TypeAlias = Connect | Check | Recycle | Close | Grant | Refuse | WakeAt | Opened | OpeningFailed | Closed
+# A waiter among the effects has been granted a slot, and holds it already: wake it.
+Effect: TypeAlias = Waiter | Connect | Check | Recycle | Close | Refuse | WakeAt | Opened | OpeningFailed | Closed
 Effects: TypeAlias = Sequence[Effect]
 
 NO_EFFECTS: Effects = ()

@@ -20,7 +20,6 @@ from .effects import (
     Connect,
     Effect,
     Effects,
-    Grant,
     Opened,
     OpeningFailed,
     Recycle,
@@ -509,7 +508,7 @@ class PoolMachine:
                 break
             self._start_check(slot)
 
-    def _hand_over(self, slot: Slot, now: float) -> Grant:
+    def _hand_over(self, slot: Slot, now: float) -> Waiter:
         """Ownership changes before the waiter is woken: one that is cancelled meanwhile withdraws."""
         waiter = self._waiters.pop_first()
         waiter.slot = slot
@@ -517,7 +516,7 @@ class PoolMachine:
         slot.uses += 1
         if slot.uses >= self._max_uses:
             self._doom(slot, CloseReason.MAX_USES)
-        return Grant(waiter, slot)
+        return waiter
 
     def _coming(self) -> int:
         """How many connections are on their way to the idle ones."""

@@ -73,14 +73,15 @@ class Acquisition(Generic[C]):
                 raise PoolError(f"{runner.config.name}: setup has given its connection back")
         return connection  # type: ignore[no-any-return]  # of the class that the pool was given
 
-    def _wait(self, now: float) -> Generator[Any, Any, Slot]:
+    def _wait(self, began: float) -> Generator[Any, Any, Slot]:
         """Stand in the queue until a connection comes that lives."""
         runner = self._runner
         timeout = runner.config.acquire_timeout if isinstance(self._timeout, Default) else self._timeout
-        deadline = NEVER if timeout is None else now + timeout
+        deadline = NEVER if timeout is None else began + timeout
+        now = began
         while True:
-            waiter = FutureWaiter(deadline, now, runner.loop.create_future())
-            if effects := runner.machine.enqueue(waiter, monotonic()):
+            waiter = FutureWaiter(deadline, began, runner.loop.create_future())
+            if effects := runner.machine.enqueue(waiter, now):
                 runner.perform(effects)
             try:
                 if waiter.future.done() and waiter.slot is None:
@@ -94,10 +95,11 @@ class Acquisition(Generic[C]):
             slot = waiter.slot
             if slot is None or slot.state is not LEASED:
                 raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
-            runner.watch.look(monotonic())
+            now = monotonic()
+            runner.watch.look(now)
             if not slot.is_disconnected:
                 return slot
-            runner.perform(runner.machine.discard(slot, slot.doom, monotonic()))  # it ended since it was granted
+            runner.perform(runner.machine.discard(slot, slot.doom, now))  # it ended since it was granted
 
     async def _set_up(self, connection: PooledConnection) -> None:
         runner = self._runner

@@ -28,7 +28,6 @@ from .._core.effects import (
     Closed,
     Connect,
     Effects,
-    Grant,
     Opened,
     OpeningFailed,
     Recycle,
@@ -123,8 +122,9 @@ class Runner:
     def perform(self, effects: Effects) -> None:
         """Carry out what the machine wants."""
         for effect in effects:
-            if type(effect) is Grant:
-                self._on_grant(effect)  # past the table: it is the one that comes often
+            if type(effect) is FutureWaiter:  # past the table: it is the one that comes often
+                if not effect.future.done():  # else it was cancelled, and will withdraw when it runs
+                    effect.future.set_result(None)
             else:
                 self._perform[type(effect)](effect)
 
@@ -205,11 +205,6 @@ class Runner:
             await asyncio.wait(tasks)
 
     # --- effects --------------------------------------------------------------------------------------------
-
-    def _on_grant(self, grant: Grant) -> None:
-        future = grant.waiter.future  # type: ignore[attr-defined]  # a FutureWaiter, as all of ours
-        if not future.done():  # else it was cancelled, and will withdraw when it runs
-            future.set_result(None)
 
     def _on_refuse(self, refuse: Refuse) -> None:
         waiter = refuse.waiter

@@ -13,7 +13,6 @@ from asyncpool._core.effects import (
     Check,
     Close,
     Connect,
-    Grant,
     Opened,
     OpeningFailed,
     Recycle,
@@ -317,9 +316,9 @@ class VirtualPool:
     def _perform(self, effect: Effect) -> None:
         if isinstance(effect, (Connect, Check, Recycle, Close)):
             self._start(effect)
-        elif isinstance(effect, Grant):
-            assert effect.waiter is self.queue[0], "not first come, first served"
-            assert effect.waiter.slot is effect.slot
+        elif isinstance(effect, Waiter):
+            assert effect is self.queue[0], "not first come, first served"
+            assert effect.slot is not None
             self._hand_out(self.queue.pop(0), effect.slot)
         elif isinstance(effect, Refuse):
             self._refuse(effect)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import gc
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 import pytest
 from kit.waiting import eventually
 from psycopg import errors, generators, pq, waiting
+from psycopg._pipeline_base import BasePipeline
+from psycopg.transaction import BaseTransaction
 
 from .leftovers import stream
 
@@ -86,6 +88,27 @@ async def test_all_io_goes_through_wait(dsn: str) -> None:
         async for _ in conn.notifies(timeout=0.01):
             pass
         assert waited()
+
+
+async def test_blocks_end_with_a_wait_for_generators_that_can_be_told_by_their_code(dsn: str) -> None:
+    codes = []
+
+    class Watching(psycopg.AsyncConnection[Any]):
+        async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            codes.append(getattr(gen, "gi_code", None))
+            return await super().wait(gen, interval, timeout)
+
+    async with await Watching.connect(dsn) as conn:
+        async with conn.transaction():
+            codes.clear()
+        assert codes == [cast("Any", BaseTransaction._exit_gen).__code__]
+        async with conn.pipeline():
+            codes.clear()
+        assert codes[-1] is cast("Any", BasePipeline._exit_gen).__code__
+        await conn.execute("create temp table t (id int)")
+        async with conn.cursor().copy("copy t from stdin"):
+            codes.clear()
+        assert codes == [cast("Any", generators.copy_end).__code__]
 
 
 async def test_a_wait_that_takes_too_long_raises_what_notifies_expects(plain: Connection) -> None:
