@@ -1,10 +1,11 @@
-"""asyncpool: a PostgreSQL connection pool for asyncio, on psycopg 3."""
+"""asyncpool: a PostgreSQL connection pool for asyncio and for threads, on psycopg 3."""
 
 from __future__ import annotations
 
 from .errors import PoolClosed, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
 from .events import CloseReason, Holder, PoolStats
 from .pool import Pool
+from .sync import SyncPool
 
 __all__ = [
     "CloseReason",
@@ -14,6 +15,7 @@ __all__ = [
     "PoolError",
     "PoolStats",
     "PoolTimeout",
+    "SyncPool",
     "TooManyWaiting",
     "WrongLoop",
 ]

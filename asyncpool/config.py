@@ -4,42 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias
 
-from psycopg import AsyncConnection
-
-ConnectionCallback: TypeAlias = Callable[[Any], Awaitable[object]]
+# Async for `Pool`, blocking for `SyncPool`.
+ConnectionCallback: TypeAlias = Callable[[Any], object]
 Reset: TypeAlias = Literal["rollback", "session", "discard"] | ConnectionCallback
 
 _numbers = itertools.count(1)
-
-
-class PoolOptions(TypedDict, total=False):
-    """The keywords of `Pool(...)` that are the pool's own; the table in the README says what each does."""
-
-    name: str
-    min_size: int
-    max_size: int
-    acquire_timeout: float | None
-    max_waiting: int | None
-    max_lifetime: float | None
-    max_idle: float | None
-    max_uses: int | None
-    connect_timeout: float
-    max_connecting: int
-    backoff_initial: float
-    backoff_max: float
-    check_interval: float | None
-    check_timeout: float
-    cancel_timeout: float
-    reset: Reset
-    configure: ConnectionCallback | None
-    check: ConnectionCallback | None
-    setup: ConnectionCallback | None
-    long_held_after: float | None
-    debug: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +119,9 @@ def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     return own, rest
 
 
-def check_connection_class(connection_class: object) -> None:
-    """Raise TypeError unless it is psycopg's AsyncConnection or a subclass of it."""
-    if not (isinstance(connection_class, type) and issubclass(connection_class, AsyncConnection)):
+def check_connection_class(connection_class: object, base: type) -> None:
+    """Raise TypeError unless it is `base`, psycopg's class, or a subclass of it."""
+    if not (isinstance(connection_class, type) and issubclass(connection_class, base)):
         raise TypeError(
-            f"connection_class must be psycopg.AsyncConnection or a subclass of it, not {connection_class!r}"
+            f"connection_class must be psycopg.{base.__name__} or a subclass of it, not {connection_class!r}"
         )

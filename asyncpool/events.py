@@ -21,6 +21,7 @@ class CloseReason(StrEnum):
     SETUP_FAILED = "setup_failed"
     CONFIGURE_FAILED = "configure_failed"
     RETURNED_BUSY = "returned_busy"
+    DISCARDED = "discarded"
     LEASE_LOST = "lease_lost"
     POOL_CLOSED = "pool_closed"
 

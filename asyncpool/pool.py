@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Generic, Self, Unpack, cast, overload
 
 import anyio
 from psycopg import AsyncConnection
-from psycopg.abc import AdaptContext
 from psycopg.rows import AsyncRowFactory, TupleRow
 
 from ._core.states import PoolPhase, SlotState
@@ -27,7 +26,6 @@ from ._io.session import NOT_LEASED, POOLS_OWN, Session
 from .config import (
     OPTION_NAMES,
     PoolConfig,
-    PoolOptions,
     check_connection_class,
     check_sizes,
     check_timeout,
@@ -36,6 +34,7 @@ from .config import (
 from .conninfo import CONNECT_OPTIONS, check_option_names
 from .errors import PoolClosed, PoolError, PoolTimeout
 from .events import Holder, PoolStats
+from .options import Options
 
 _NOT_A_LEASE = (NOT_LEASED, POOLS_OWN)
 _getframe = sys._getframe
@@ -55,64 +54,6 @@ Row = TypeVar("Row")
 CLOSE_TIMEOUT = 5.0
 
 
-class Options(PoolOptions, total=False):
-    """The keywords of `Pool(...)`: its own, psycopg's, and those of libpq 18; what counts is the libpq at hand."""
-
-    autocommit: bool
-    prepare_threshold: int | None
-    context: AdaptContext | None
-    cursor_factory: Any
-    service: str
-    user: str
-    password: str
-    passfile: str
-    channel_binding: str
-    dbname: str
-    host: str
-    hostaddr: str
-    port: int | str
-    client_encoding: str
-    options: str
-    application_name: str
-    fallback_application_name: str
-    keepalives: int | str
-    keepalives_idle: int | str
-    keepalives_interval: int | str
-    keepalives_count: int | str
-    tcp_user_timeout: int | str
-    sslmode: str
-    sslnegotiation: str
-    sslcompression: int | str
-    sslcert: str
-    sslkey: str
-    sslcertmode: str
-    sslpassword: str
-    sslrootcert: str
-    sslcrl: str
-    sslcrldir: str
-    sslsni: int | str
-    requirepeer: str
-    require_auth: str
-    min_protocol_version: str
-    max_protocol_version: str
-    ssl_min_protocol_version: str
-    ssl_max_protocol_version: str
-    gssencmode: str
-    krbsrvname: str
-    gsslib: str
-    gssdelegation: str
-    replication: str
-    target_session_attrs: str
-    load_balance_hosts: str
-    scram_client_key: str
-    scram_server_key: str
-    oauth_issuer: str
-    oauth_client_id: str
-    oauth_client_secret: str
-    oauth_scope: str
-    sslkeylogfile: str
-
-
 class Pool(Generic[C]):
     """Connections to one database, shared by the tasks of one event loop.
 
@@ -125,6 +66,12 @@ class Pool(Generic[C]):
     """
 
     _runner: Runner | None = None
+    # What a SyncPool has in their place.
+    _runner_class: type[Runner] = Runner
+    _driver_class: type[Driver] = Driver
+    _class_name = "Pool"
+    _how_to_open = "use `async with Pool(...) as pool`, or `await pool.open()`"
+    _how_to_close = "use `async with`, or `await pool.close()`"
 
     @overload
     def __init__(
@@ -150,15 +97,16 @@ class Pool(Generic[C]):
     def __init__(self, conninfo: Conninfo = "", **options: Any) -> None:
         own, given = split_options(options)
         check_option_names(given, CONNECT_OPTIONS | OPTION_NAMES | {"connection_class"})
-        check_connection_class(given.get("connection_class", AsyncConnection))
+        base = self._driver_class.connection_class
+        check_connection_class(given.get("connection_class", base), base)
         self._config = PoolConfig(**own)
-        self._driver = Driver(self._config, conninfo, given)
+        self._driver = self._driver_class(self._config, conninfo, given)
         self._sizes = self._config.min_size, self._config.max_size
 
     def __repr__(self) -> str:
         runner = self._runner
         state = "closed" if runner is None else f"{runner.phase.name.lower()}, {runner.describe()}"
-        return f"<Pool {self.name!r} {state}>"
+        return f"<{self._class_name} {self.name!r} {state}>"
 
     @property
     def name(self) -> str:
@@ -211,7 +159,7 @@ class Pool(Generic[C]):
                     raise PoolClosed(f"{self.name} is being closed: await close() before opening it again")
                 return runner
         debug = self._config.debug if self._config.debug is not None else sys.flags.dev_mode
-        self._runner = runner = Runner(self._config, self._driver, debug=debug)
+        self._runner = runner = self._runner_class(self._config, self._driver, debug=debug)
         runner.machine.min_size, runner.machine.max_size = self._sizes
         runner.open(single_round=single_round)
         return runner
@@ -261,10 +209,8 @@ class Pool(Generic[C]):
         try:
             runner.let_go()
         finally:
-            _warn(
-                f"{self.name} was dropped without being closed: use `async with`, or `await pool.close()`",
-                ResourceWarning,
-            )
+            if not sys.is_finalizing():
+                _warn(f"{self.name} was dropped without being closed: {self._how_to_close}", ResourceWarning)
 
     # --- connections ----------------------------------------------------------------------------------------
 
@@ -393,7 +339,7 @@ class Pool(Generic[C]):
         return runner
 
     def _not_open(self) -> PoolClosed:
-        return PoolClosed(f"{self.name} is not open: use `async with Pool(...) as pool`, or `await pool.open()`")
+        return PoolClosed(f"{self.name} is not open: {self._how_to_open}")
 
 
 @asynccontextmanager

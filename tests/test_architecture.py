@@ -1,6 +1,6 @@
 """Imports go one way, and the core decides without I/O: read from the source, so that no import is missed.
 
-errors, config, conninfo, events <- _core <- _io <- pool <- cli
+errors, config, conninfo, events, options <- _core <- _io <- pool <- sync <- psycopg2; cli above all
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(asyncpool.__file__).parent
 
-# A room may import from those before it, and from itself; of the first four each stands alone.
+# A room may import from those before it, and from itself; of the first each stands alone.
 FLOORS = (
-    {"errors", "config", "conninfo", "events"},
+    {"errors", "config", "conninfo", "events", "options"},
     {"_core"},
     {"_io"},
     {"pool"},
+    {"sync"},
+    {"psycopg2"},
     {""},  # __init__: the public names
     {"cli"},
     {"__main__"},

@@ -13,7 +13,7 @@ from psycopg import AsyncConnection, pq
 from .._core.policy import NEVER
 from .._core.slot import Slot
 from ..errors import PoolClosed, PoolError
-from .connection import PooledConnection, describe_unfinished
+from .connection import Leased, PooledConnection, describe_unfinished
 from .leases import LEASED
 from .reader import BAD
 from .runner import FutureWaiter, Runner
@@ -146,25 +146,32 @@ class Acquisition(Generic[C]):
 
     async def _finish(self, connection: PooledConnection, session: Session) -> None:
         """Commit what the block has done, or say why that is impossible. The lease ends in either case."""
-        name = self._runner.config.name
         try:
-            status = session.pgconn.transaction_status
-            if session.pgconn.status == BAD:
-                if session.in_transaction:
-                    raise PoolError(
-                        f"{name}: the connection was lost inside the block, and what it did is not committed"
-                    )
-            elif unfinished := describe_unfinished(connection):
-                raise PoolError(
-                    f"{name}: the block ended with its connection {unfinished}; it is closed, and nothing committed"
-                )
-            elif status == INERROR:
-                raise PoolError(
-                    f"{name}: the block ended in a failed transaction, which is rolled back: a COMMIT would only seem"
-                    " to succeed. Let the error pass, or use `async with conn.transaction()` around what may fail"
-                )
-            elif status == INTRANS:
+            if has_to_commit(self._runner.config.name, connection):
                 await connection.commit()
         finally:
             if session.lease in (self._lease, SEVERED):
                 self._runner.leases.end_lease(connection, after_block=True)
+
+
+def has_to_commit(name: str, connection: Leased) -> bool:
+    """Whether a block of the pool `name` that ends normally leaves something to commit.
+
+    Raises PoolError if what it did cannot be committed.
+    """
+    session = connection._session
+    status = session.pgconn.transaction_status
+    if session.pgconn.status == BAD:
+        if session.in_transaction:
+            raise PoolError(f"{name}: the connection was lost inside the block, and what it did is not committed")
+        return False
+    if unfinished := describe_unfinished(connection):
+        raise PoolError(
+            f"{name}: the block ended with its connection {unfinished}; it is closed, and nothing committed"
+        )
+    if status == INERROR:
+        raise PoolError(
+            f"{name}: the block ended in a failed transaction, which is rolled back: a COMMIT would only seem to"
+            " succeed. Let the error pass, or use `conn.transaction()` around what may fail"
+        )
+    return status == INTRANS

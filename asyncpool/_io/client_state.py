@@ -6,7 +6,7 @@ from collections import deque
 from operator import attrgetter
 from typing import Any
 
-from psycopg import AsyncConnection
+from psycopg import BaseConnection
 from psycopg.abc import Dumper, Loader
 from psycopg.adapt import AdaptersMap
 from psycopg.types import TypeInfo, TypesRegistry
@@ -45,7 +45,7 @@ read_client_state = attrgetter(
 class TouchingAdaptersMap(AdaptersMap):
     """A connection's own adapters, that tell its session when somebody registers something."""
 
-    def __init__(self, template: AdaptersMap, connection: AsyncConnection[Any]) -> None:
+    def __init__(self, template: AdaptersMap, connection: BaseConnection[Any]) -> None:
         super().__init__(template)
         self._session = connection._session  # type: ignore[attr-defined]  # a PooledConnection
         self.types = TouchingTypesRegistry(template.types)
@@ -75,7 +75,7 @@ class Baseline:
 
     __slots__ = ("_adapters", "_notice_handlers", "_notify_handlers", "_prepared", "_settings", "state")
 
-    def __init__(self, connection: AsyncConnection[Any]) -> None:
+    def __init__(self, connection: BaseConnection[Any]) -> None:
         # The copy marks the connection's own maps as shared: whoever registers something from now on replaces
         # the map that he changes in place of changing it, so that a comparison finds it.
         self._adapters = AdaptersMap(connection.adapters)
@@ -98,7 +98,7 @@ class Baseline:
             None,
         )
 
-    def restore(self, connection: AsyncConnection[Any]) -> None:
+    def restore(self, connection: BaseConnection[Any]) -> None:
         """Put every setting back. Not for a connection that is in the middle of something."""
         for name, value in self._settings:
             setattr(connection, name, value)

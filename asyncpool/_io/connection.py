@@ -1,4 +1,4 @@
-"""The connection object of a lease: psycopg's AsyncConnection, with its waits and its close() the pool's."""
+"""The connection objects of a lease: psycopg's, with their waits and their close() the pool's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import copy
 import sys
 import weakref
 from functools import partial
+from time import monotonic
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
-from psycopg import AsyncConnection, BaseConnection
+from psycopg import AsyncConnection, BaseConnection, Connection, pq
 from psycopg._connection_base import NoticeHandler, NotifyHandler
 from psycopg._pipeline_base import BasePipeline
 from psycopg.abc import PQGen
@@ -19,9 +20,19 @@ from psycopg.transaction import BaseTransaction
 
 from ..errors import PoolError, WrongLoop
 from .reader import BAD
-from .session import ACTIVE, IDLE, NOT_LEASED, Session
+from .session import ACTIVE, FORKED, IDLE, NOT_LEASED, SEVERED, Session
 
 RV = TypeVar("RV")
+
+UNKNOWN = pq.TransactionStatus.UNKNOWN
+
+# Why a connection object cannot be used in a thread.
+RELEASED = "this connection was released to its pool: acquire one in place of keeping it"
+UNUSABLE = {
+    NOT_LEASED: RELEASED,
+    SEVERED: "this connection was shut down by its pool, which was closed or has waited too long for a callable",
+    FORKED: "this connection belongs to the parent process: take one from the pool in this one",
+}
 
 
 class _Retired:
@@ -32,14 +43,48 @@ class _Retired:
     reader = None
 
 
-class PooledConnection(AsyncConnection[Any]):
-    """Comes before a connection class in the bases of `pooled_class`, to take over its waits and its close()."""
+class TouchedConnection(BaseConnection[Any]):
+    """What the async and the blocking connections share: the session learns that its user has changed something."""
 
     _session: Session = cast(Session, _Retired())
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
         self._session.touched = True
+
+    # What changes these lists and maps does not set an attribute.
+
+    def add_notice_handler(self, callback: NoticeHandler) -> None:
+        self._session.touched = True
+        super().add_notice_handler(callback)
+
+    def remove_notice_handler(self, callback: NoticeHandler) -> None:
+        self._session.touched = True
+        super().remove_notice_handler(callback)
+
+    def add_notify_handler(self, callback: NotifyHandler) -> None:
+        self._session.touched = True
+        super().add_notify_handler(callback)
+
+    def remove_notify_handler(self, callback: NotifyHandler) -> None:
+        self._session.touched = True
+        super().remove_notify_handler(callback)
+
+    def _renewed(self) -> Self:
+        """An object of its own for the next lease of the same session, so that this one is useless for ever."""
+        other = copy.copy(self)
+        other._notice_handlers = list(self._notice_handlers)
+        other._notify_handlers = list(self._notify_handlers)
+        self._session = cast(Session, _Retired())
+        pgconn = other.pgconn
+        wself: weakref.ref[BaseConnection[Any]] = weakref.ref(other)
+        pgconn.notice_handler = partial(BaseConnection._notice_handler, wself)
+        pgconn.notify_handler = partial(BaseConnection._notify_handler, wself)
+        return other
+
+
+class PooledConnection(TouchedConnection, AsyncConnection[Any]):
+    """Comes before a connection class in the bases of `pooled_class`, to take over its waits and its close()."""
 
     async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         """Drive a generator of psycopg, which does all I/O of a connection through this method.
@@ -90,7 +135,7 @@ class PooledConnection(AsyncConnection[Any]):
 
     def _check_use(self, session: Session) -> None:
         if session.lease == NOT_LEASED:
-            raise PoolError("this connection was released to its pool: acquire() one in place of keeping it")
+            raise PoolError(RELEASED)
         session.touched = True
         if asyncio.get_running_loop() is not session.reader.loop:
             raise WrongLoop("this connection belongs to a pool that was opened in another event loop")
@@ -122,35 +167,52 @@ class PooledConnection(AsyncConnection[Any]):
         if self._session.lease > NOT_LEASED:
             await self._pool.putconn(self)  # type: ignore[union-attr]  # set for as long as it is leased
 
-    # What changes these lists and maps does not set an attribute.
 
-    def add_notice_handler(self, callback: NoticeHandler) -> None:
-        self._session.touched = True
-        super().add_notice_handler(callback)
+class PooledBlockingConnection(TouchedConnection, Connection[Any]):
+    """The same for connections that threads use: the event loop has opened it, and each statement is waited for in
+    the thread that runs it.
+    """
 
-    def remove_notice_handler(self, callback: NoticeHandler) -> None:
-        self._session.touched = True
-        super().remove_notice_handler(callback)
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        """Drive a generator of psycopg, which does all I/O of a connection through this method.
 
-    def add_notify_handler(self, callback: NotifyHandler) -> None:
-        self._session.touched = True
-        super().add_notify_handler(callback)
+        Ctrl-C ends the statement on the server and keeps the connection, as psycopg does it. Raises PoolError after
+        the release.
+        """
+        session = self._session
+        if session.lease in UNUSABLE:
+            raise PoolError(UNUSABLE[session.lease])
+        session.touched = True
+        session.in_thread = True
+        try:
+            if session.lease in UNUSABLE:  # whoever severs looks at these two in the other order
+                raise PoolError(UNUSABLE[session.lease])
+            return super().wait(gen, interval, timeout)
+        finally:
+            if session.lease in UNUSABLE:
+                self.pgconn.finish()
+            session.in_thread = False
+            session.reader.answered_at = monotonic()
+            status = self.pgconn.transaction_status
+            if status != UNKNOWN:
+                session.in_transaction = status != IDLE
+            else:
+                session.leave_loop()
+                session.in_transaction = session.in_transaction or not self._autocommit
 
-    def remove_notify_handler(self, callback: NotifyHandler) -> None:
-        self._session.touched = True
-        super().remove_notify_handler(callback)
+    def close(self) -> None:
+        """Give the connection back to its pool, which closes it if it cannot be used again; or, if the pool is a
+        drop-in for one that leaves that to `putconn`, close it.
 
-    def _renewed(self) -> PooledConnection:
-        """An object of its own for the next lease of the same session, so that this one is useless for ever."""
-        other = copy.copy(self)
-        other._notice_handlers = list(self._notice_handlers)
-        other._notify_handlers = list(self._notify_handlers)
-        self._session = cast(Session, _Retired())
-        pgconn = other.pgconn
-        wself: weakref.ref[BaseConnection[Any]] = weakref.ref(other)
-        pgconn.notice_handler = partial(BaseConnection._notice_handler, wself)
-        pgconn.notify_handler = partial(BaseConnection._notify_handler, wself)
-        return other
+        Like psycopg's, it may be called any number of times.
+        """
+        session = self._session
+        if session.lease > NOT_LEASED:
+            leases = cast(Any, self._pool)  # set for as long as it is leased
+            if leases.close_returns:
+                leases.end_lease(self)
+            else:
+                session.sever()
 
 
 # By these psycopg ends a block that was left.
@@ -164,7 +226,7 @@ def _ends_cancelled_block(gen: PQGen[Any]) -> bool:
     return isinstance(sys.exception(), asyncio.CancelledError) and getattr(gen, "gi_code", None) in _BLOCK_ENDS
 
 
-def describe_unfinished(connection: PooledConnection) -> str:
+def describe_unfinished(connection: Leased) -> str:
     """What a connection is in the middle of, so that it cannot be used by anyone else; empty: nothing."""
     if connection._pipeline is not None or connection.pgconn.pipeline_status:
         return "in pipeline mode"
@@ -179,13 +241,19 @@ def describe_unfinished(connection: PooledConnection) -> str:
     return ""
 
 
-_classes: dict[type[AsyncConnection[Any]], type[PooledConnection]] = {AsyncConnection: PooledConnection}
+Leased: TypeAlias = PooledConnection | PooledBlockingConnection
+
+_classes: dict[type[BaseConnection[Any]], type[Leased]] = {
+    AsyncConnection: PooledConnection,
+    Connection: PooledBlockingConnection,
+}
 
 
-def pooled_class(connection_class: type[AsyncConnection[Any]]) -> type[PooledConnection]:
+def pooled_class(connection_class: type[BaseConnection[Any]]) -> type[Leased]:
     """`connection_class` with the pool's waits and close(); isinstance() still holds for it."""
     if connection_class not in _classes:
+        ours = PooledConnection if issubclass(connection_class, AsyncConnection) else PooledBlockingConnection
         name = f"Pooled{connection_class.__name__}"
         namespace = {"__module__": connection_class.__module__}
-        _classes[connection_class] = type(name, (PooledConnection, connection_class), namespace)
+        _classes[connection_class] = cast("type[Leased]", type(name, (ours, connection_class), namespace))
     return _classes[connection_class]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
-from psycopg import AsyncConnection, InterfaceError, OperationalError, ProgrammingError, pq
+from psycopg import AsyncConnection, BaseConnection, InterfaceError, OperationalError, ProgrammingError, pq
 from psycopg import errors as e
 from psycopg._preparing import PrepareManager
 from psycopg.abc import ConnDict
@@ -27,7 +27,7 @@ from ..config import PoolConfig
 from ..conninfo import PSYCOPG_OPTIONS, Redactor, needs_lookup, parse
 from ..events import CloseReason
 from .client_state import Baseline
-from .connection import PooledConnection, describe_unfinished, pooled_class
+from .connection import Leased, PooledConnection, describe_unfinished, pooled_class
 from .libpq import set_verbose_errors, split_sqlstate
 from .reader import BAD, duplicate, socket_of
 from .session import IDLE, NOT_LEASED, POOLS_OWN, Session, linger
@@ -82,7 +82,7 @@ class Unusable(Exception):
 class ConnectionOptions:
     """How to make a connection object: psycopg's part of the options, and the class. Its repr has no secrets."""
 
-    connection_class: type[AsyncConnection[Any]]
+    connection_class: type[BaseConnection[Any]]
     autocommit: bool
     prepare_threshold: int | None
     row_factory: Any
@@ -90,11 +90,11 @@ class ConnectionOptions:
     adapters: AdaptersMap | None
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> ConnectionOptions:
+    def from_options(cls, options: Mapping[str, Any], default: type[BaseConnection[Any]]) -> ConnectionOptions:
         """From those of psycopg's keywords that were given."""
         context = options.get("context")
         return cls(
-            connection_class=options.get("connection_class", AsyncConnection),
+            connection_class=options.get("connection_class", default),
             autocommit=bool(options.get("autocommit", False)),
             prepare_threshold=options.get("prepare_threshold", 5),
             row_factory=options.get("row_factory"),
@@ -102,7 +102,7 @@ class ConnectionOptions:
             adapters=context.adapters if context is not None else None,
         )
 
-    def make(self, pgconn: PGconn) -> PooledConnection:
+    def make(self, pgconn: PGconn) -> Leased:
         """The connection object over an open PGconn, as psycopg's `connect()` would set it up."""
         connection = pooled_class(self.connection_class)(pgconn)
         connection._autocommit = self.autocommit
@@ -119,11 +119,14 @@ class ConnectionOptions:
 class Driver:
     """Makes, checks and resets the connections of one pool. Its repr shows no connection parameters."""
 
+    connection_class: type[BaseConnection[Any]] = AsyncConnection
+    shared = False  # whether threads use the connections
+
     def __init__(self, config: PoolConfig, conninfo: Conninfo, given: Mapping[str, Any]) -> None:
         self._config = config
         self._conninfo = conninfo
         self._libpq_options = {name: value for name, value in given.items() if name not in _NOT_LIBPQ}
-        self._options = ConnectionOptions.from_options(given)
+        self._options = ConnectionOptions.from_options(given, self.connection_class)
         # Given as an option of its own it is a float and holds for each host; libpq's would be whole seconds.
         self._connect_timeout = config.connect_timeout
         if isinstance(conninfo, str):
@@ -159,8 +162,7 @@ class Driver:
         if callable(conninfo):
             try:
                 with anyio.fail_after(self._connect_timeout):
-                    answer: object = conninfo()
-                    conninfo = await answer if inspect.isawaitable(answer) else answer
+                    conninfo = await self._call_conninfo(conninfo)
             except Exception as ex:
                 # Its words may hold what it was about to return.
                 words = f"the conninfo callable raised {type(ex).__name__}"
@@ -172,6 +174,10 @@ class Driver:
             return parse(conninfo, self._libpq_options), Redactor(conninfo, self._libpq_options)
         except (ProgrammingError, TypeError) as error:
             raise ConnectFailed(error, ConnectFailure.FINAL) from None
+
+    async def _call_conninfo(self, conninfo: Callable[[], object]) -> object:
+        answer = conninfo()
+        return await answer if inspect.isawaitable(answer) else answer
 
     async def _resolve(self, params: ConnDict, redactor: Redactor) -> list[ConnDict]:
         """One set of parameters for each address to try, in order."""
@@ -230,7 +236,7 @@ class Driver:
         self._lingering.clear()
 
     async def _set_up(self, pgconn: PGconn) -> Session:
-        session = Session(pgconn, asyncio.get_running_loop(), self._config.cancel_timeout)
+        session = Session(pgconn, asyncio.get_running_loop(), self._config.cancel_timeout, shared=self.shared)
         try:
             connection = self._options.make(pgconn)
             connection._session = session
@@ -311,7 +317,7 @@ class Driver:
         """Run `setup`, which the caller waits for. Raises what it raises."""
         assert self._config.setup is not None
         try:
-            await _call_user(self._config.setup, connection, self._config.check_timeout)
+            await self._run(self._config.setup, connection)
         except TimeoutError as ex:
             raise _as_error("setup", ex) from None
 
@@ -319,13 +325,26 @@ class Driver:
         assert session.baseline is not None
         session.baseline.restore(session.connection)
 
-    async def _call(self, callback: Callable[[Any], Awaitable[object]], session: Session) -> None:
+    async def _call(self, callback: Callable[[Any], object], session: Session) -> None:
         """Lend an unleased connection to a callable of the user."""
         session.lease = POOLS_OWN
         try:
-            await _call_user(callback, session.connection, self._config.check_timeout)
+            await self._run(callback, session.connection)
         finally:
-            session.lease = NOT_LEASED
+            if session.lease == POOLS_OWN:
+                session.lease = NOT_LEASED
+
+    async def _run(self, callback: Callable[[Any], object], connection: Any) -> None:
+        """Run `configure`, `check`, `setup` or `reset` on a connection. Raises what it raises, or TimeoutError.
+
+        What it leaves open is an error as well: the next user would inherit it.
+        """
+        with anyio.fail_after(self._config.check_timeout):
+            answer = callback(connection)
+            if not inspect.isawaitable(answer):
+                raise TypeError(f"{name_of(callback)} must be async: it returned {type(answer).__name__}")
+            await answer
+        check_nothing_open(callback, connection)
 
 
 def _anew(prepared: PrepareManager) -> PrepareManager:
@@ -424,25 +443,19 @@ def _named(error_class: type[Exception], words: str) -> Exception:
     return error_class(words.strip())
 
 
-async def _call_user(
-    callback: Callable[[Any], Awaitable[object]], connection: PooledConnection, timeout: float
-) -> None:
-    """Run `configure`, `check`, `setup` or `reset` on a connection. Raises what it raises, or TimeoutError.
+def name_of(callback: Callable[[Any], object]) -> str:
+    """What the user calls it."""
+    return getattr(callback, "__qualname__", repr(callback))
 
-    What it leaves open is an error as well: the next user would inherit it.
-    """
-    with anyio.fail_after(timeout):
-        answer: object = callback(connection)
-        if not inspect.isawaitable(answer):
-            name = getattr(callback, "__qualname__", repr(callback))
-            raise TypeError(f"{name} must be an async function: it returned {type(answer).__name__}")
-        await answer
-    if (unfinished := describe_unfinished(connection)) or connection.pgconn.transaction_status != IDLE:
-        name = getattr(callback, "__qualname__", repr(callback))
-        status = pq.TransactionStatus(connection.pgconn.transaction_status).name
+
+def check_nothing_open(callback: Callable[[Any], object], connection: Leased) -> None:
+    """Raise ProgrammingError if a callable has left its connection in the middle of something."""
+    status = connection.pgconn.transaction_status
+    if (unfinished := describe_unfinished(connection)) or status != IDLE:
         raise ProgrammingError(
-            f"{name} left the connection {unfinished or f'in a transaction ({status})'}: end it there; what only"
-            " sets something can use `await conn.set_autocommit(True)` first"
+            f"{name_of(callback)} left the connection"
+            f" {unfinished or f'in a transaction ({pq.TransactionStatus(status).name})'}: end it there; what only sets"
+            " something can set autocommit first"
         )
 
 

@@ -22,7 +22,7 @@ from ..config import PoolConfig
 from ..errors import PoolError, WrongLoop
 from ..events import CloseReason
 from .client_state import read_client_state
-from .connection import PooledConnection, describe_unfinished
+from .connection import Leased, describe_unfinished
 from .reader import BAD
 from .session import IDLE, NOT_LEASED, SEVERED, Session
 from .watch import DisconnectWatch
@@ -48,6 +48,7 @@ class Leases:
         *,
         debug: bool,
     ) -> None:
+        self.name = config.name
         self._config = config
         self._machine = machine
         self._perform = perform
@@ -57,10 +58,10 @@ class Leases:
         self.finished.set_result(None)
         self._debug = debug
         self._reset_needed = config.reset != "rollback"
-        self._warned_in_transaction = False
+        self.warn_in_transaction = True  # until it was done once
         self._held_timer: asyncio.TimerHandle | None = None
 
-    def give_back_clean(self, connection: PooledConnection) -> bool:
+    def give_back_clean(self, connection: Leased) -> bool:
         """End a lease whose connection can go to the next user as it is; False, and nothing done, if it cannot."""
         session = connection._session
         if session.pgconn.transaction_status != _IDLE or (session.touched and not self._is_clean(connection, session)):
@@ -78,7 +79,7 @@ class Leases:
             self._perform(effects)
         return True
 
-    def _is_clean(self, connection: PooledConnection, session: Session) -> bool:
+    def _is_clean(self, connection: Leased, session: Session) -> bool:
         assert session.baseline is not None
         if (
             self._reset_needed
@@ -91,7 +92,7 @@ class Leases:
         session.prepared = connection._prepared._prepared_idx
         return True
 
-    def end_lease(self, connection: PooledConnection, *, after_block: bool = False) -> None:
+    def end_lease(self, connection: Leased, *, after_block: bool = False) -> None:
         """Take a connection back, in whatever condition it is. Acts at once; what takes time follows behind.
 
         `after_block`: at the end of an `async with`, where a transaction left open needs no warning.
@@ -113,11 +114,12 @@ class Leases:
         session.touched = session.in_transaction = False
 
     def _take_back_changed(
-        self, connection: PooledConnection, session: Session, slot: Slot, now: float, *, after_block: bool
+        self, connection: Leased, session: Session, slot: Slot, now: float, *, after_block: bool
     ) -> Effects:
         assert session.baseline is not None
         if session.pgconn.status == BAD:
-            return self._machine.discard(slot, CloseReason.DISCONNECTED, now)
+            closed_here = session.ending is not None
+            return self._machine.discard(slot, CloseReason.DISCARDED if closed_here else CloseReason.DISCONNECTED, now)
         if busy := describe_unfinished(connection):
             logger.warning(
                 "%s: closing a connection that was returned %s (acquired at %s)",
@@ -136,11 +138,11 @@ class Leases:
 
     def _warn_in_transaction(self, session: Session) -> None:
         """Once for each pool: a connection was released in a transaction, which is rolled back."""
-        if not self._warned_in_transaction:
-            self._warned_in_transaction = True
+        if self.warn_in_transaction:
+            self.warn_in_transaction = False
             logger.warning(
                 "%s: a connection was released in a transaction, which is rolled back (acquired at %s); this is"
-                " said once: commit, or use `async with pool.acquire() as conn`",
+                " said once: commit, or use a `with` block of `pool.acquire()`",
                 self._config.name,
                 session.site,
             )
@@ -152,20 +154,30 @@ class Leases:
         if self._loop.is_closed():
             raise PoolError(f"{config.name}: this connection's event loop is closed, and so is the connection")
 
-    async def putconn(self, connection: PooledConnection) -> None:
+    async def putconn(self, connection: Leased) -> None:
         """What psycopg calls when the user closes a leased connection."""
         if asyncio.get_running_loop() is not self._loop:
             raise WrongLoop(f"{self._config.name} was opened in another event loop than the one that uses it now")
         self.end_lease(connection)
 
-    def reject_lease(self, connection: PooledConnection) -> None:
-        """`setup` has raised: close the connection."""
+    def reject_lease(self, connection: Leased) -> None:
+        """`setup` has raised: close the connection, unless close() does that already."""
         session = connection._session
-        severed = session.lease == SEVERED
         session.lease = NOT_LEASED
-        if not severed:
+        slot = cast(Slot, session.slot)
+        if slot.state is LEASED:
             session.connection = connection
-            self._perform(self._machine.discard(cast(Slot, session.slot), CloseReason.SETUP_FAILED, monotonic()))
+            self._perform(self._machine.discard(slot, CloseReason.SETUP_FAILED, monotonic()))
+
+    def discard_lease(self, connection: Leased) -> None:
+        """Take a connection back to close it, as its user wishes."""
+        session = connection._session
+        session.lease = NOT_LEASED
+        slot = cast(Slot, session.slot)
+        if slot.state is LEASED:
+            session.connection = connection
+            session.touched = False
+            self._perform(self._machine.discard(slot, CloseReason.DISCARDED, monotonic()))
 
     def restore(self, session: Session) -> None:
         """Put back the settings of an unleased connection."""
@@ -201,14 +213,14 @@ class Leases:
             stacklevel=1,
         )
 
-    def renew_for_debug(self, session: Session) -> PooledConnection:
+    def renew_for_debug(self, session: Session) -> Leased:
         """With `debug`: keep the acquire's full stack, and take a connection object that no other lease shares."""
         if self._debug:
             session.stack = "".join(traceback.format_stack()[:-2])
             former = session.connection
             session.connection = former._renewed()
             self.adopt(session)  # before the former one can be collected: it is not lost
-        connection: PooledConnection = session.connection
+        connection: Leased = session.connection
         return connection
 
     # --- long-held leases -----------------------------------------------------------------------------------

@@ -46,13 +46,15 @@ class Reader:
         "_writing",
         "answered_at",
         "fd",
+        "keeps_reading",
         "loop",
         "on_lost",
         "yielded_at",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, pgconn: PGconn) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, pgconn: PGconn, *, keeps_reading: bool = True) -> None:
         self.loop = loop
+        self.keeps_reading = keeps_reading  # between generators; not if others than the loop read in that time
         self.fd = pgconn.socket
         self.on_lost: Callable[[], None] | None = None  # called when libpq has closed the socket by itself
         self._pgconn = pgconn
@@ -198,6 +200,8 @@ class Reader:
         self._generator = None
         if self._writing:
             self._set_writing(False)
+        if not self.keeps_reading:
+            self._stop_reading()
         self.stop_if_lost()
 
     def _on_readable(self) -> None:

@@ -85,7 +85,7 @@ class Runner:
         # The pool's own tasks and callbacks see no context variables of whoever happened to cause them.
         self.context = contextvars.Context()
         self._pid = os.getpid()
-        self.machine = PoolMachine(config, random.random)
+        self.machine = self._make_machine()
         self.watch: DisconnectWatch[Session] = DisconnectWatch(self.loop, self._on_disconnect)
         self.leases = Leases(config, self.machine, self.watch, self.perform, debug=debug)
         self.opening: asyncio.Future[None] = self.loop.create_future()
@@ -108,6 +108,9 @@ class Runner:
             OpeningFailed: self._on_opening_failed,
             Closed: self._on_closed,
         }
+
+    def _make_machine(self) -> PoolMachine:
+        return PoolMachine(self.config, random.random)
 
     def check_loop(self) -> None:
         """Raise unless the running event loop is the pool's. Where it counts, this is asked only if `thread` is

@@ -20,6 +20,7 @@ from psycopg.waiting import Wait
 from .client_state import Baseline
 from .reader import BAD, Reader, duplicate, socket_of
 from .site import describe_site
+from .watch import peer_has_closed
 
 if TYPE_CHECKING:
     from .._core.slot import Slot
@@ -33,6 +34,11 @@ WAIT_W = Wait.W
 NOT_LEASED = 0
 POOLS_OWN = -1
 SEVERED = -2
+FORKED = -3
+
+# How often, in seconds, it is looked whether the server has ended a session whose socket may not be read here: some
+# round trips, as what is waited for is one.
+END_INTERVAL = 0.002
 
 _COPY_OUT = frozenset({pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH})
 _FINE = frozenset({pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY})
@@ -55,12 +61,14 @@ class Session:
         "ending",
         "ending_limit",
         "held_warned",
+        "in_thread",
         "in_transaction",
         "lease",
         "pgconn",
         "prepared",
         "reader",
         "reference",
+        "shared",
         "site_code",
         "site_offset",
         "slot",
@@ -68,10 +76,14 @@ class Session:
         "touched",
     )
 
-    def __init__(self, pgconn: PGconn, loop: asyncio.AbstractEventLoop, cancel_timeout: float) -> None:
+    def __init__(
+        self, pgconn: PGconn, loop: asyncio.AbstractEventLoop, cancel_timeout: float, *, shared: bool = False
+    ) -> None:
         self.pgconn = pgconn
         self.backend_pid = pgconn.backend_pid
-        self.reader = Reader(loop, pgconn)
+        self.reader = Reader(loop, pgconn, keeps_reading=not shared)
+        self.shared = shared  # whether its users run their statements in other threads than the event loop's
+        self.in_thread = False  # whether one is inside libpq now: then nobody else may finish the PGconn
         self.cancel_timeout = cancel_timeout
         self.connection: Any = None
         self.reference: weakref.ref[Any] | None = None
@@ -196,31 +208,48 @@ class Session:
     # --- the end --------------------------------------------------------------------------------------------
 
     def sever(self) -> None:
-        """Close this side at once: whoever waits on the session gets an error. `close` waits for the server's side."""
+        """Close this side at once: whoever waits on the session gets an error. `close` waits for the server's side.
+
+        If it is a thread that waits on it, the PGconn is left to that thread. The lease is to be ended before.
+        """
         fd = socket_of(self.pgconn)
-        if fd is None or self.pgconn.status == BAD:
+        if fd is None or self.pgconn.status == BAD or self.ending is not None:
             return
         self._drop_limit()
         with contextlib.suppress(OSError):  # no descriptor left: then the end is not waited for
             self.ending = duplicate(fd)
         self.cancel = self.pgconn.cancel_conn() if self.pgconn.transaction_status == ACTIVE else None
+        if not self.in_thread:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.shared and asyncio._get_running_loop() is not self.reader.loop:
+            self.leave_loop()
+            self.pgconn.finish()
+            return
         self.reader.stop()
         self.pgconn.finish()
         self.reader.fail()
+
+    def leave_loop(self) -> None:
+        """The socket is closed, or about to be, in another thread: have the event loop forget it."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.reader.loop.call_soon_threadsafe(self.reader.stop)
 
     async def close(self, timeout: float) -> bool:
         """End the session and wait until the server has. False if it has not within `timeout` seconds."""
         self.reference = None
         self.sever()
-        self.pgconn.finish()
-        self.reader.stop()
+        if not self.in_thread:
+            self._finish()
         if self.ending is None:
             return True  # the server has ended it
         deadline = self.reader.loop.time() + timeout
         if self.cancel is not None:
             with anyio.move_on_after(timeout):
                 await self._send_cancel(self.cancel)
-        return await linger(self.ending, max(0.0, deadline - self.reader.loop.time()))
+        wait = _wait_for_peer if self.in_thread else linger
+        return await wait(self.ending, max(0.0, deadline - self.reader.loop.time()))
 
     def abandon(self) -> None:
         """End the session without waiting; for when there is no event loop to wait in."""
@@ -259,6 +288,24 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
 def _run_cancel(request: PGcancelConn) -> PQGenConn[None]:
     request.start()
     yield from cancel(request)
+
+
+async def _wait_for_peer(sock: socket.socket, timeout: float) -> bool:
+    """Like `linger`, for a connection that a thread reads: what arrives is left to that thread. It is shut down for
+    the thread too if the peer has not closed it in time.
+    """
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        with anyio.move_on_after(timeout):
+            while not peer_has_closed(sock.fileno()):  # noqa: ASYNC110  # a reader of the loop's would be called on and on
+                await asyncio.sleep(END_INTERVAL)
+        ended = peer_has_closed(sock.fileno())
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return True  # closed by both sides
+    finally:
+        sock.close()
+    return ended
 
 
 async def linger(sock: socket.socket, timeout: float) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from asyncpool.cli.display import display
 from asyncpool.cli.embedded import EmbeddedServer, EmbeddedServerError
 from asyncpool.cli.readings import Readings
 from asyncpool.cli.rounds import Target, run_rounds
-from asyncpool.cli.signals import interruptible, undisturbed
+from asyncpool.cli.signals import interruptible, run_interruptibly, undisturbed
 from asyncpool.cli.workload import Refused, Workload
 from asyncpool.conninfo import Redactor, parse
 
@@ -101,7 +100,7 @@ def _run(options: argparse.Namespace) -> int:
             f" a pool of {options.min_size} to {options.max_size}"
         )
         target = Target(conninfo, readings, options.min_size, options.max_size)
-        results = asyncio.run(run_rounds(target, workload, shown))
+        results = run_interruptibly(lambda: run_rounds(target, workload, shown))
     if options.json:
         print(
             report.as_json(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Coroutine, Iterator
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -54,3 +57,28 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def run_interruptibly(main: Callable[[], Coroutine[object, object, T]]) -> T:
+    """`asyncio.run(main())`, but a signal strikes either inside the coroutine or when the event loop is closed: one
+    that came while asyncio makes or closes it would leave it half made.
+    """
+
+    async def run() -> T:
+        _hold_signals_back(False)
+        try:
+            return await main()
+        finally:
+            _hold_signals_back(True)
+
+    _hold_signals_back(True)
+    try:
+        return asyncio.run(run())
+    finally:
+        _hold_signals_back(False)
+
+
+def _hold_signals_back(hold: bool) -> None:
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        how = signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK
+        signal.pthread_sigmask(how, (signal.SIGINT, signal.SIGTERM))

@@ -18,13 +18,13 @@ from asyncpool.events import CloseReason
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asyncpool.config import PoolOptions
+    from asyncpool.options import CommonOptions
 
 SEEDS = range(60)
 STEPS = 1200
 
 
-def random_options(random: Random) -> PoolOptions:
+def random_options(random: Random) -> CommonOptions:
     """Small sizes and near limits, so that everything happens to everything within a few steps."""
     max_size = random.choice([1, 2, 3, 5, 8])
     return {

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from asyncpool._core.effects import Effect, Effects
     from asyncpool._core.states import SlotState
-    from asyncpool.config import PoolOptions
+    from asyncpool.options import CommonOptions
 
 WORK: dict[type[Effect], SlotState] = {
     Connect: CONNECTING,
@@ -364,13 +364,13 @@ def in_order(slots: Iterable[Slot]) -> list[Slot]:
     return sorted(slots, key=lambda slot: slot.number)
 
 
-def virtual_pool(draw: Callable[[], float] = lambda: 0.5, **options: Unpack[PoolOptions]) -> VirtualPool:
+def virtual_pool(draw: Callable[[], float] = lambda: 0.5, **options: Unpack[CommonOptions]) -> VirtualPool:
     """A pool with these options, not opened. Without any it has no connection until somebody asks for one."""
     options.setdefault("min_size", 0)
     return VirtualPool(PoolConfig(**options), draw)
 
 
-def opened_pool(draw: Callable[[], float] = lambda: 0.5, **options: Unpack[PoolOptions]) -> VirtualPool:
+def opened_pool(draw: Callable[[], float] = lambda: 0.5, **options: Unpack[CommonOptions]) -> VirtualPool:
     """The same, open, with `min_size` connected."""
     pool = virtual_pool(draw, **options).open()
     pool.finish_work()

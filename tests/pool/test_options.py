@@ -12,7 +12,7 @@ import pytest
 from asyncpool import Pool
 from asyncpool.config import OPTION_NAMES
 from asyncpool.conninfo import CONNECT_OPTIONS
-from asyncpool.pool import Options
+from asyncpool.options import Options
 
 COUNTS = ["min_size", "max_size", "max_waiting", "max_uses", "max_connecting"]
 SECONDS = [

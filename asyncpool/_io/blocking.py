@@ -1,0 +1,243 @@
+"""The runner of a pool that threads use, and what they hold of it: taking a connection, waiting for one, a block."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from time import monotonic
+from types import CodeType, TracebackType
+from typing import Any, Generic, TypeVar
+
+from psycopg import Connection
+
+from .._core.effects import Effect, Effects, Refuse
+from .._core.machine import PoolMachine
+from .._core.policy import NEVER
+from .._core.slot import Slot
+from ..config import PoolConfig
+from ..errors import PoolClosed, PoolError
+from .acquisition import Default, has_to_commit
+from .driver import Driver
+from .leases import LEASED, Leases
+from .locked_machine import LockedMachine, ThreadWaiter
+from .loop_thread import LoopThread
+from .runner import Runner
+from .session import FORKED, SEVERED, Session
+from .watch import WATCH_STALENESS
+
+C = TypeVar("C", bound=Connection[Any])
+
+
+class WaitUnlessExhausted:
+    """The type of WAIT_UNLESS_EXHAUSTED: a caller who waits for what is being connected, cleaned or closed, and is
+    refused at once if every place is leased.
+    """
+
+
+WAIT_UNLESS_EXHAUSTED = WaitUnlessExhausted()
+
+Timeout = float | Default | WaitUnlessExhausted | None
+
+
+class BlockingRunner(Runner):
+    """Any thread takes and gives connections here; all else happens in the event loop."""
+
+    machine: LockedMachine
+    is_drop_in = False  # for psycopg2's pools: there close() closes, and giving back a transaction is the custom
+
+    def __init__(self, config: PoolConfig, driver: Driver, *, debug: bool) -> None:
+        super().__init__(config, driver, debug=debug)
+        if self.is_drop_in:
+            self.leases.close_returns = False
+            self.leases.warn_in_transaction = False
+        thread = LoopThread.hold()
+        self.closing.add_done_callback(lambda _: thread.release())
+
+    def _make_machine(self) -> PoolMachine:
+        return LockedMachine(self.config, random.random)
+
+    def perform(self, effects: Effects) -> None:
+        """Wake whom the machine has served, in any thread, and have the event loop do the rest."""
+        for effect in effects:
+            if type(effect) is ThreadWaiter:
+                effect.wake()
+            else:
+                self._refuse(effect)
+        if self.machine.for_loop:
+            if asyncio._get_running_loop() is self.loop:
+                self._perform_kept()
+            else:
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and so is everything
+                    self.loop.call_soon_threadsafe(self._perform_kept)
+
+    def _perform_kept(self) -> None:
+        kept = self.machine.for_loop
+        while kept:
+            super().perform((kept.popleft(),))
+
+    def _refuse(self, effect: Effect) -> None:
+        assert isinstance(effect, Refuse)
+        waiter = effect.waiter
+        assert isinstance(waiter, ThreadWaiter)
+        waiter.error = self._refusal(effect.refusal, waiter.began)
+        waiter.wake()
+
+    def sever(self) -> None:
+        """End the leases that keep the pool from closing."""
+        with self.machine.lock:  # so that none is taken or given back in between
+            sessions = [slot.resource for slot in self.machine.leases()]
+            for session in sessions:
+                assert isinstance(session, Session)
+                session.lease = SEVERED
+                session.touched = True
+            effects = self.machine.sever(monotonic())
+        for session in sessions:
+            assert isinstance(session, Session)
+            session.sever()
+        self.perform(effects)
+
+    def _on_disconnect(self, session: Session) -> None:
+        # Whoever takes a connection looks at the watch in its own thread.
+        if asyncio._get_running_loop() is self.loop:
+            super()._on_disconnect(session)
+        elif session.slot is not None:
+            self.perform(self.machine.disconnected(session.slot, monotonic()))
+
+    def disown(self) -> None:
+        """In a forked child: the sessions are the parent's."""
+        for slot in self.machine.slots():
+            if isinstance(slot.resource, Session):
+                slot.resource.lease = FORKED
+        _inherited.append(self)
+
+    def check_loop(self) -> None:
+        """Raise PoolClosed if the event loop is gone. Any thread may call the machine."""
+        if self.loop.is_closed():
+            raise PoolClosed(f"{self.config.name} is closed")
+
+    # --- what threads call ----------------------------------------------------------------------------------
+
+    def lease(self, timeout: Timeout, code: CodeType, offset: int) -> Any:
+        """A connection, taken or waited for. Raises as `SyncPool.getconn`; Ctrl-C leaves nothing behind."""
+        now = monotonic()
+        machine = self.machine
+        connection: Any = None
+        with machine.lock:
+            slot = machine.take(now)
+            if slot is not None:
+                connection = self._claim(slot)
+        if slot is None or (now - slot.idle_since > WATCH_STALENESS and self._has_ended(slot, now)):
+            connection = self._wait_for_one(now, timeout)
+        session: Session = connection._session
+        session.site_code = code
+        session.site_offset = offset
+        if not self.plain:
+            connection = self._prepare(connection)
+        return connection
+
+    def _claim(self, slot: Slot) -> Any:
+        """Make the session of a leased slot the caller's. Under the lock: close() might sever it in between."""
+        session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
+        if session.touched:  # somebody went on with the object after its release
+            self.leases.restore(session)
+        connection = session.connection
+        session.connection = None
+        session.lease = slot.uses
+        return connection
+
+    def _has_ended(self, slot: Slot, now: float) -> bool:
+        self.watch.look(now)
+        if not slot.is_disconnected:
+            return False
+        self.perform(self.machine.discard(slot, slot.doom, now))
+        return True
+
+    def _wait_for_one(self, began: float, timeout: Timeout) -> Any:
+        seconds = timeout if timeout is None or isinstance(timeout, (int, float)) else self.config.acquire_timeout
+        deadline = NEVER if seconds is None else began + seconds
+        now = began
+        while True:
+            waiter = ThreadWaiter(deadline, began)
+            try:
+                if timeout is WAIT_UNLESS_EXHAUSTED:
+                    effects = self.machine.enqueue_unless_exhausted(waiter, now)
+                else:
+                    effects = self.machine.enqueue(waiter, now)
+                self.perform(effects)
+                waiter.wait()
+            except BaseException:
+                self.perform(self.machine.withdraw(waiter, monotonic()))
+                raise
+            if waiter.error is not None:
+                raise waiter.error
+            slot = waiter.slot
+            now = monotonic()
+            with self.machine.lock:
+                if slot is None or slot.state is not LEASED:
+                    raise PoolClosed(f"{self.config.name} is closed")  # between the grant and now
+                connection = self._claim(slot)
+            if not self._has_ended(slot, now):
+                return connection
+
+    def _prepare(self, connection: Any) -> Any:
+        """What `debug` and `setup` want to be done with a lease."""
+        session: Session = connection._session
+        session.connection = connection
+        connection = self.leases.renew_for_debug(session)
+        session.connection = None
+        if self.config.setup is not None:
+            lease = session.lease
+            answer = asyncio.run_coroutine_threadsafe(self.driver.set_up_lease(connection), self.loop)
+            try:
+                answer.result()
+            except BaseException:
+                answer.cancel()
+                self.leases.reject_lease(connection)
+                raise
+            if session.lease != lease:
+                raise PoolError(f"{self.config.name}: setup has given its connection back")
+        return connection
+
+
+class DropInRunner(BlockingRunner):
+    """That of a pool that stands in for psycopg2's."""
+
+    is_drop_in = True
+
+
+_inherited: list[BlockingRunner] = []  # of the parent process: what hangs on them must never be finalized here
+
+
+class BlockingAcquisition(Generic[C]):
+    """A connection to be, for a `with` block that commits at its end."""
+
+    __slots__ = ("_connection", "_lease", "_number")
+
+    def __init__(self, lease: Callable[[], C]) -> None:
+        self._lease = lease
+
+    def __enter__(self) -> C:
+        connection: Any = self._lease()
+        self._connection = connection
+        self._number = connection._session.lease
+        return connection  # type: ignore[no-any-return]  # a C
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        connection: Any = self._connection
+        session: Session = connection._session
+        leases: Leases = connection._pool
+        if session.lease == self._number:
+            if leases.give_back_clean(connection):
+                return
+        elif session.lease != SEVERED:
+            return  # it was given back inside the block
+        try:
+            if exc_type is None and has_to_commit(leases.name, connection):
+                connection.commit()
+        finally:
+            if session.lease in (self._number, SEVERED):
+                leases.end_lease(connection, after_block=True)

@@ -1,0 +1,48 @@
+"""The driver of connections that threads use: the user's callables block, so each runs in a thread of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+from psycopg import BaseConnection, Connection
+
+from .driver import Driver, check_nothing_open, in_daemon_thread, name_of
+from .session import SEVERED
+
+
+class BlockingDriver(Driver):
+    """Makes `psycopg.Connection`s. What the user's callables do may hang without stalling the event loop."""
+
+    connection_class: type[BaseConnection[Any]] = Connection
+    shared = True
+
+    async def _call_conninfo(self, conninfo: Callable[[], object]) -> object:
+        answer = await in_daemon_thread(conninfo, "asyncpool: ask for a conninfo")
+        return await answer if inspect.isawaitable(answer) else answer
+
+    async def _run(self, callback: Callable[[Any], object], connection: Any) -> None:
+        session = connection._session
+        running = True
+
+        def run() -> None:
+            nonlocal running
+            try:
+                answer = callback(connection)
+                if inspect.iscoroutine(answer):
+                    answer.close()
+                    raise TypeError(f"{name_of(callback)} must not be async: a SyncPool calls it in a thread")
+            finally:
+                running = False
+
+        try:
+            with anyio.fail_after(self._config.check_timeout):
+                await in_daemon_thread(run, f"asyncpool {self._config.name}: {name_of(callback)}")
+        except BaseException:
+            if running:  # it is abandoned: what it waits for is ended, and it can do nothing more
+                session.lease = SEVERED
+                session.sever()
+            raise
+        check_nothing_open(callback, connection)

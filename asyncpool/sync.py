@@ -1,0 +1,319 @@
+"""SyncPool: the same pool for threads, with its event loop in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import weakref
+from collections.abc import Callable, Coroutine, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from threading import Lock
+from types import CodeType, TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
+
+from psycopg import Connection
+from psycopg.rows import RowFactory, TupleRow
+
+from ._core.states import PoolPhase
+from ._io.acquisition import DEFAULT, Default
+from ._io.blocking import BlockingAcquisition, BlockingRunner, DropInRunner, Timeout
+from ._io.blocking_driver import BlockingDriver
+from ._io.connection import UNUSABLE
+from ._io.leases import Leases, logger
+from ._io.loop_thread import LoopThread
+from ._io.session import NOT_LEASED, SEVERED
+from .config import check_timeout
+from .errors import PoolError
+from .events import Holder, PoolStats
+from .options import BlockingOptions
+from .pool import CLOSE_TIMEOUT, Pool
+
+_getframe = sys._getframe
+_get_running_loop = asyncio._get_running_loop
+
+if TYPE_CHECKING:
+    # The default, which `typing` has from 3.13 on, is for annotations that say `SyncPool` alone.
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    C = TypeVarWithDefault("C", bound=Connection[Any], default=Connection[TupleRow])
+else:
+    C = TypeVar("C", bound=Connection[Any])
+Row = TypeVar("Row")
+T = TypeVar("T")
+
+BlockingConninfo = str | Callable[[], str]
+
+
+class _LoopPool(Pool[Any]):
+    """The pool in the background loop."""
+
+    _runner: BlockingRunner | None
+    _runner_class: type[BlockingRunner] = BlockingRunner
+    _driver_class = BlockingDriver
+    _class_name = "SyncPool"
+    _how_to_open = "use `with SyncPool(...) as pool`, or `pool.open()`"
+    _how_to_close = "use `with`, or `pool.close()`"
+
+
+class _DropInLoopPool(_LoopPool):
+    _runner_class = DropInRunner
+
+
+class SyncPool(Generic[C]):
+    """Connections to one database, shared by the threads of one process.
+
+    The options are those of `Pool`; `conninfo`, if it is a callable, and `configure`, `check`, `setup` and `reset`
+    are blocking. The constructor does no I/O: use `with`, or `pool.open()`. A forked child starts with an empty
+    pool, which it opens when it first takes a connection.
+
+    Raises TypeError for an unknown or mistyped option, ValueError for one out of range, and
+    psycopg.ProgrammingError for a malformed conninfo.
+    """
+
+    _loop_pool_class: type[_LoopPool] = _LoopPool
+
+    @overload
+    def __init__(
+        self: SyncPool[Connection[TupleRow]], conninfo: BlockingConninfo = "", **options: Unpack[BlockingOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: SyncPool[Connection[Row]],
+        conninfo: BlockingConninfo = "",
+        *,
+        row_factory: RowFactory[Row],
+        **options: Unpack[BlockingOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        conninfo: BlockingConninfo = "",
+        *,
+        connection_class: type[C],
+        row_factory: RowFactory[Any] | None = None,
+        **options: Unpack[BlockingOptions],
+    ) -> None: ...
+    def __init__(self, conninfo: BlockingConninfo = "", **options: Any) -> None:
+        self._pool = self._loop_pool_class(conninfo, **options)
+        self._keyed: dict[Hashable, tuple[Any, int]] = {}  # with the number of the lease
+        self._keys_lock = Lock()
+        self._forked = False
+        self._warned_of_loop = False
+        _all_pools.add(self)
+
+    def __repr__(self) -> str:
+        return repr(self._pool)
+
+    @property
+    def name(self) -> str:
+        """The pool's name in logs and errors."""
+        return self._pool.name
+
+    # --- life cycle -----------------------------------------------------------------------------------------
+
+    def open(self, *, wait: bool = True, timeout: float | Default | None = DEFAULT) -> None:
+        """Connect `min_size` connections, as `Pool.open` does. Raises as it does."""
+        self._in_loop(lambda: self._pool.open(wait=wait, timeout=timeout))
+
+    def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
+        """Refuse new and waiting callers, and close every connection. A closed pool can be opened again.
+
+        Waits up to `timeout` seconds (None: for ever) for the connections in use; then shuts those down, with a
+        warning that names where they were acquired. After Ctrl-C the pool goes on closing by itself, but shuts no
+        connection down that is in use.
+        """
+        check_timeout("timeout", timeout)
+        if self._pool._runner is not None:
+            self._in_loop(lambda: self._pool.close(timeout))
+        self._keyed.clear()
+
+    def closeall(self) -> None:
+        """Close at once, connections in use included."""
+        self.close(timeout=0)
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _in_loop(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Have the background loop do something, and wait for it."""
+        thread = LoopThread.hold()
+        try:
+            return thread.call(work())
+        finally:
+            thread.release()
+
+    def _open_runner(self) -> BlockingRunner:
+        """The runner, in a forked child a new one."""
+        if self._forked:
+            self._forked = False
+            self.open(wait=False)
+        runner = self._pool._runner
+        if runner is None:
+            raise self._pool._not_open()
+        return runner
+
+    # --- connections ----------------------------------------------------------------------------------------
+
+    def acquire(self, timeout: float | Default | None = DEFAULT) -> AbstractContextManager[C]:
+        """A connection for a block: `with pool.acquire() as conn`. It commits at its end, rolls back after an
+        exception, and gives the connection back.
+
+        `timeout` is seconds, by default `acquire_timeout`; None waits for ever, 0 does not wait. Entering raises as
+        `getconn` does.
+        """
+        frame = _getframe(1)
+        return self._acquisition(timeout, frame.f_code, frame.f_lasti)
+
+    def transaction(self, timeout: float | Default | None = DEFAULT) -> AbstractContextManager[C]:
+        """A connection inside a transaction, also with autocommit: `with pool.transaction() as conn`.
+
+        Raises as `acquire()` does, and what the COMMIT raises.
+        """
+        frame = _getframe(1)
+        return _in_transaction(self._acquisition(timeout, frame.f_code, frame.f_lasti))
+
+    def _acquisition(self, timeout: float | Default | None, code: CodeType, offset: int) -> BlockingAcquisition[C]:
+        if timeout is not DEFAULT:
+            check_timeout("timeout", timeout)
+        return BlockingAcquisition(lambda: self._lease(timeout, code, offset))
+
+    def getconn(self, key: Hashable = None, *, timeout: float | Default | None = DEFAULT) -> C:
+        """A connection, for `putconn` to give back. The same `key` gets the same connection until then.
+
+        `timeout` is seconds, by default `acquire_timeout`; None waits for ever, 0 does not wait.
+
+        Raises PoolTimeout, PoolClosed, TooManyWaiting; PoolError if the server's refusal is final and there is no
+        connection. Ctrl-C while waiting leaves nothing behind.
+        """
+        if timeout is not DEFAULT:
+            check_timeout("timeout", timeout)
+        frame = _getframe(1)
+        if key is None:
+            return self._lease(timeout, frame.f_code, frame.f_lasti)  # type: ignore[no-any-return]  # a C
+        return self._lease_for_key(key, timeout, frame.f_code, frame.f_lasti)
+
+    def _lease_for_key(self, key: Hashable, timeout: Timeout, code: CodeType, offset: int) -> C:
+        with self._keys_lock:
+            connection, lease = self._keyed.get(key, (None, 0))
+        if connection is not None and connection._session.lease == lease:
+            return connection  # type: ignore[no-any-return]  # a C
+        connection = self._lease(timeout, code, offset)
+        with self._keys_lock:
+            first, lease = self._keyed.get(key, (None, 0))
+            if first is None or first._session.lease != lease:
+                self._keyed[key] = connection, connection._session.lease
+                return connection  # type: ignore[no-any-return]  # a C
+        connection._pool.end_lease(connection)  # another thread was faster with the same key
+        return first  # type: ignore[no-any-return]  # a C
+
+    def _lease(self, timeout: Timeout, code: CodeType, offset: int) -> Any:
+        if _get_running_loop() is not None:
+            self._warn_of_loop()
+        runner = self._pool._runner
+        if runner is None or self._forked:
+            runner = self._open_runner()
+        return runner.lease(timeout, code, offset)
+
+    def putconn(self, connection: C, key: Hashable = None, close: bool = False) -> None:
+        """Give a connection back, in any condition; with `close`, to be closed. A transaction left open is rolled back
+        in the background.
+
+        Raises PoolError for a connection that was given back already or is not the pool's; neither changes anything.
+        """
+        pooled: Any = connection
+        leases: Any = getattr(connection, "_pool", None)
+        runner = self._pool._runner
+        if runner is None or leases is not runner.leases or pooled._session.lease <= NOT_LEASED:
+            self._check_severed(pooled, leases)
+        if self._keyed:
+            self._forget_key(connection)
+        if close:
+            leases.discard_lease(pooled)
+        elif not leases.give_back_clean(pooled):
+            leases.end_lease(pooled)
+
+    def _check_severed(self, connection: Any, leases: object) -> None:
+        """Raise PoolError unless this connection is one that was leased when the pool was closed."""
+        if not isinstance(leases, Leases):
+            raise PoolError(f"{self.name}: this connection is not of this pool")
+        leases.check_former(self._pool._config)
+        lease = connection._session.lease
+        if lease != SEVERED:
+            raise PoolError(f"{self.name}: {UNUSABLE.get(lease, 'this connection is not leased')}")
+
+    def _forget_key(self, connection: C) -> None:
+        with self._keys_lock:
+            for key, (keyed, _) in self._keyed.items():
+                if keyed is connection:
+                    del self._keyed[key]
+                    return
+
+    def _warn_of_loop(self) -> None:
+        """Once for each pool."""
+        if not self._warned_of_loop:
+            self._warned_of_loop = True
+            logger.warning(
+                "%s: a blocking pool is used in a thread that runs an event loop, which stands still meanwhile: use"
+                " Pool there; this is said once",
+                self.name,
+            )
+
+    # --- administration -------------------------------------------------------------------------------------
+
+    def resize(self, min_size: int, max_size: int) -> None:
+        """Change the bounds, at once. Idle connections in excess are closed, those in use when given back.
+
+        Raises TypeError or ValueError for impossible sizes.
+        """
+        self._pool.resize(min_size, max_size)
+
+    def drain(self) -> None:
+        """Replace every connection: idle ones at once, those in use when given back. Raises PoolClosed."""
+        self._pool.drain()
+
+    def check(self) -> None:
+        """Ping every idle connection, and close those that do not answer within `check_timeout`."""
+        self._in_loop(self._pool.check)
+
+    def stats(self) -> PoolStats:
+        """The sizes now, all 0 of a closed pool, and the totals since it was last opened."""
+        return self._pool.stats()
+
+    def holders(self) -> list[Holder]:
+        """The connections in use, the one held longest first."""
+        return self._pool.holders()
+
+    def _forget_parent(self) -> None:
+        """In a forked child: start anew, as empty as a new pool."""
+        runner = self._pool._runner
+        self._keys_lock = Lock()
+        self._keyed.clear()
+        if runner is not None:
+            self._forked = runner.machine.phase in (PoolPhase.OPENING, PoolPhase.OPEN)
+            self._pool._runner = None
+            runner.disown()
+
+
+@contextmanager
+def _in_transaction(acquisition: BlockingAcquisition[C]) -> Iterator[C]:
+    with acquisition as connection, connection.transaction():
+        yield connection
+
+
+_all_pools: weakref.WeakSet[SyncPool[Any]] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for pool in _all_pools:
+        pool._forget_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
