@@ -14,7 +14,7 @@ nox.options.sessions = ["lint", "types", "examples", "tests"]
 # One Python is enough: sessions for those that the machine lacks are skipped, wherever nox runs.
 nox.options.error_on_missing_interpreters = False
 
-BENCHMARKS = ["benchmarks/acquire.py", "benchmarks/query.py"]
+BENCHMARKS = ["benchmarks/acquire.py", "benchmarks/query.py", "benchmarks/blocking.py"]
 CODE = ["asyncpool", "tests", "examples", "noxfile.py"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import warnings
 from collections.abc import AsyncIterator, Awaitable
@@ -70,6 +71,7 @@ class Pool(Generic[C]):
     _runner_class: type[Runner] = Runner
     _driver_class: type[Driver] = Driver
     _class_name = "Pool"
+    _warns_at_exit = True
     _how_to_open = "use `async with Pool(...) as pool`, or `await pool.open()`"
     _how_to_close = "use `async with`, or `await pool.close()`"
 
@@ -184,7 +186,8 @@ class Pool(Generic[C]):
         if timeout != 0:
             await asyncio.wait((runner.closing,), timeout=timeout)
         if not runner.closing.done() and (holders := self.holders()):
-            logger.warning(
+            logger.log(
+                logging.INFO if timeout == 0 else logging.WARNING,  # at once, whoever holds them: as was asked
                 "%s: closing with %d connections in use, acquired at %s",
                 self.name,
                 len(holders),
@@ -209,7 +212,7 @@ class Pool(Generic[C]):
         try:
             runner.let_go()
         finally:
-            if not sys.is_finalizing():
+            if self._warns_at_exit or not sys.is_finalizing():
                 _warn(f"{self.name} was dropped without being closed: {self._how_to_close}", ResourceWarning)
 
     # --- connections ----------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import weakref
 from collections.abc import Callable, Coroutine, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
-from types import CodeType, TracebackType
+from time import monotonic
+from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
 
 from psycopg import Connection
@@ -17,15 +18,16 @@ from psycopg.rows import RowFactory, TupleRow
 
 from ._core.states import PoolPhase
 from ._io.acquisition import DEFAULT, Default
-from ._io.blocking import BlockingAcquisition, BlockingRunner, DropInRunner, Timeout
+from ._io.blocking import BlockingAcquisition, BlockingRunner, DropInRunner, Timeout, check_not_finalizing
 from ._io.blocking_driver import BlockingDriver
 from ._io.connection import UNUSABLE
 from ._io.leases import Leases, logger
 from ._io.loop_thread import LoopThread
-from ._io.session import NOT_LEASED, SEVERED
+from ._io.session import IDLE, NOT_LEASED, SEVERED
+from ._io.watch import WATCH_STALENESS
 from .config import check_timeout
-from .errors import PoolError
-from .events import Holder, PoolStats
+from .errors import PoolError, PoolTimeout
+from .events import CloseReason, Holder, PoolStats
 from .options import BlockingOptions
 from .pool import CLOSE_TIMEOUT, Pool
 
@@ -52,12 +54,28 @@ class _LoopPool(Pool[Any]):
     _runner_class: type[BlockingRunner] = BlockingRunner
     _driver_class = BlockingDriver
     _class_name = "SyncPool"
+    _warns_at_exit = False  # a script may end without closing
     _how_to_open = "use `with SyncPool(...) as pool`, or `pool.open()`"
     _how_to_close = "use `with`, or `pool.close()`"
 
 
-class _DropInLoopPool(_LoopPool):
+class DropInLoopPool(_LoopPool):
+    """That of a pool that stands in for psycopg2's."""
+
     _runner_class = DropInRunner
+
+
+class _KeyedLease:
+    """The connection of a key. The lock is held by whoever gets it from the pool."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.connection: Any = None
+        self.lease = 0
+
+    @property
+    def is_leased(self) -> bool:
+        return self.connection is not None and self.connection._session.lease == self.lease
 
 
 class SyncPool(Generic[C]):
@@ -96,9 +114,10 @@ class SyncPool(Generic[C]):
     ) -> None: ...
     def __init__(self, conninfo: BlockingConninfo = "", **options: Any) -> None:
         self._pool = self._loop_pool_class(conninfo, **options)
-        self._keyed: dict[Hashable, tuple[Any, int]] = {}  # with the number of the lease
+        self._keyed: dict[Hashable, _KeyedLease] = {}
         self._keys_lock = Lock()
-        self._forked = False
+        self._fork_lock = Lock()
+        self._forked = False  # from a pool that was open, and not used in this process yet
         self._warned_of_loop = False
         _all_pools.add(self)
 
@@ -124,7 +143,10 @@ class SyncPool(Generic[C]):
         connection down that is in use.
         """
         check_timeout("timeout", timeout)
-        if self._pool._runner is not None:
+        self._forked = False
+        runner = self._pool._runner
+        at_work = runner is not None and runner.machine.phase is not PoolPhase.CLOSED
+        if at_work and not sys.is_finalizing():  # then the process closes what is open
             self._in_loop(lambda: self._pool.close(timeout))
         self._keyed.clear()
 
@@ -143,6 +165,7 @@ class SyncPool(Generic[C]):
 
     def _in_loop(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Have the background loop do something, and wait for it."""
+        check_not_finalizing(self.name)
         thread = LoopThread.hold()
         try:
             return thread.call(work())
@@ -151,9 +174,10 @@ class SyncPool(Generic[C]):
 
     def _open_runner(self) -> BlockingRunner:
         """The runner, in a forked child a new one."""
-        if self._forked:
-            self._forked = False
-            self.open(wait=False)
+        with self._fork_lock:
+            if self._forked:
+                self.open(wait=False)
+                self._forked = False
         runner = self._pool._runner
         if runner is None:
             raise self._pool._not_open()
@@ -192,32 +216,45 @@ class SyncPool(Generic[C]):
         Raises PoolTimeout, PoolClosed, TooManyWaiting; PoolError if the server's refusal is final and there is no
         connection. Ctrl-C while waiting leaves nothing behind.
         """
+        frame = _getframe(1)
+        if key is None and timeout is DEFAULT and (connection := self._lend(frame)) is not None:
+            return connection
         if timeout is not DEFAULT:
             check_timeout("timeout", timeout)
-        frame = _getframe(1)
-        if key is None:
-            return self._lease(timeout, frame.f_code, frame.f_lasti)  # type: ignore[no-any-return]  # a C
-        return self._lease_for_key(key, timeout, frame.f_code, frame.f_lasti)
+        return self._lease_for(key, timeout, frame.f_code, frame.f_lasti)
 
-    def _lease_for_key(self, key: Hashable, timeout: Timeout, code: CodeType, offset: int) -> C:
-        with self._keys_lock:
-            connection, lease = self._keyed.get(key, (None, 0))
-        if connection is not None and connection._session.lease == lease:
-            return connection  # type: ignore[no-any-return]  # a C
-        connection = self._lease(timeout, code, offset)
-        with self._keys_lock:
-            first, lease = self._keyed.get(key, (None, 0))
-            if first is None or first._session.lease != lease:
-                self._keyed[key] = connection, connection._session.lease
-                return connection  # type: ignore[no-any-return]  # a C
-        connection._pool.end_lease(connection)  # another thread was faster with the same key
-        return first  # type: ignore[no-any-return]  # a C
+    def _lend(self, frame: FrameType) -> C | None:
+        """A connection, if one was seen alive so lately that it can be had without looking at it."""
+        runner = self._pool._runner
+        if runner is None or not runner.plain or _get_running_loop() is not None:
+            return None
+        now = monotonic()
+        return runner.machine.lend(now, now - WATCH_STALENESS, frame.f_code, frame.f_lasti)  # type: ignore[no-any-return]  # a C
+
+    def _lease_for(self, key: Hashable, timeout: Timeout, code: CodeType, offset: int) -> C:
+        if key is None:
+            return self._lease(timeout, code, offset)  # type: ignore[no-any-return]  # a C
+        while True:
+            with self._keys_lock:
+                keyed = self._keyed.setdefault(key, _KeyedLease())
+            seconds = -1 if timeout is None or not isinstance(timeout, (int, float)) else timeout
+            if not keyed.lock.acquire(timeout=seconds):
+                raise PoolTimeout(f"{self.name}: another thread is still waiting for the connection of key {key!r}")
+            try:
+                if self._keyed.get(key) is not keyed:
+                    continue  # its connection was put back meanwhile
+                if not keyed.is_leased:
+                    keyed.connection = self._lease(timeout, code, offset)
+                    keyed.lease = keyed.connection._session.lease
+                return keyed.connection  # type: ignore[no-any-return]  # a C
+            finally:
+                keyed.lock.release()
 
     def _lease(self, timeout: Timeout, code: CodeType, offset: int) -> Any:
         if _get_running_loop() is not None:
             self._warn_of_loop()
         runner = self._pool._runner
-        if runner is None or self._forked:
+        if runner is None:
             runner = self._open_runner()
         return runner.lease(timeout, code, offset)
 
@@ -228,30 +265,41 @@ class SyncPool(Generic[C]):
         Raises PoolError for a connection that was given back already or is not the pool's; neither changes anything.
         """
         pooled: Any = connection
-        leases: Any = getattr(connection, "_pool", None)
         runner = self._pool._runner
-        if runner is None or leases is not runner.leases or pooled._session.lease <= NOT_LEASED:
+        try:
+            session, leases = pooled._session, pooled._pool
+        except AttributeError:
+            raise PoolError(f"{self.name}: this connection is not of this pool: {connection!r}") from None
+        if runner is None or leases is not runner.leases or session.lease <= NOT_LEASED:
             self._check_severed(pooled, leases)
+        elif (
+            not (session.touched or close or self._keyed)
+            and session.pgconn.transaction_status == IDLE
+            and (taken := runner.machine.take_back(pooled, session, monotonic()))
+        ):
+            if taken is not True:
+                taken.wake()
+            return
         if self._keyed:
             self._forget_key(connection)
         if close:
-            leases.discard_lease(pooled)
+            leases.discard_lease(pooled, CloseReason.DISCARDED)
         elif not leases.give_back_clean(pooled):
             leases.end_lease(pooled)
 
     def _check_severed(self, connection: Any, leases: object) -> None:
         """Raise PoolError unless this connection is one that was leased when the pool was closed."""
+        lease = connection._session.lease
         if not isinstance(leases, Leases):
             raise PoolError(f"{self.name}: this connection is not of this pool")
-        leases.check_former(self._pool._config)
-        lease = connection._session.lease
+        leases.check_pool(self._pool._config)
         if lease != SEVERED:
             raise PoolError(f"{self.name}: {UNUSABLE.get(lease, 'this connection is not leased')}")
 
     def _forget_key(self, connection: C) -> None:
         with self._keys_lock:
-            for key, (keyed, _) in self._keyed.items():
-                if keyed is connection:
+            for key, keyed in self._keyed.items():
+                if keyed.connection is connection:
                     del self._keyed[key]
                     return
 
@@ -276,10 +324,12 @@ class SyncPool(Generic[C]):
 
     def drain(self) -> None:
         """Replace every connection: idle ones at once, those in use when given back. Raises PoolClosed."""
+        self._open_runner()
         self._pool.drain()
 
     def check(self) -> None:
         """Ping every idle connection, and close those that do not answer within `check_timeout`."""
+        self._open_runner()
         self._in_loop(self._pool.check)
 
     def stats(self) -> PoolStats:
@@ -293,7 +343,8 @@ class SyncPool(Generic[C]):
     def _forget_parent(self) -> None:
         """In a forked child: start anew, as empty as a new pool."""
         runner = self._pool._runner
-        self._keys_lock = Lock()
+        self._keys_lock = Lock()  # another thread may have held them
+        self._fork_lock = Lock()
         self._keyed.clear()
         if runner is not None:
             self._forked = runner.machine.phase in (PoolPhase.OPENING, PoolPhase.OPEN)

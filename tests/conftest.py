@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -103,3 +104,22 @@ def password_server() -> Iterator[PasswordServer]:
     with EmbeddedServer(host_authentication="scram-sha-256") as embedded:
         create_users_with_odd_passwords(embedded)
         yield PasswordServer(embedded)
+
+
+@pytest.fixture
+def no_bug_reported(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Errors in the log are bugs of the pool, or exceptions in its callbacks and tasks that nobody else sees."""
+    yield
+    loggers = ("asyncpool", "asyncio")
+    errors = [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR and r.name in loggers]
+    assert errors == []
+
+
+@pytest.fixture
+def table(admin: Admin, application_name: str) -> Iterator[str]:
+    """The name of an empty table with one column, `id integer`, unique when the transaction ends."""
+    name = application_name.replace("-", "_")
+    admin.execute(f"drop table if exists {name}")
+    admin.execute(f"create table {name} (id integer unique deferrable initially deferred)")
+    yield name
+    admin.execute(f"drop table {name}")

@@ -64,7 +64,6 @@ class PoolMachine:
         "_single_round",
         "_slots",
         "_turned_away",
-        "_waiters",
         "_wake_at",
         "closes",
         "connect_errors",
@@ -75,6 +74,7 @@ class PoolMachine:
         "phase",
         "timeouts",
         "uses_of_gone",
+        "waiters",
     )
 
     def __init__(self, config: PoolConfig, draw: Callable[[], float]) -> None:
@@ -103,7 +103,7 @@ class PoolMachine:
             self._recycling,
             self._closing,
         )
-        self._waiters = WaiterQueue()
+        self.waiters = WaiterQueue()
         self._backoff = Backoff(config.backoff_initial, config.backoff_max)
         self._turned_away = 0  # callers for whom the queue is too long, while they are being refused
         self._wake_at = NEVER
@@ -129,7 +129,7 @@ class PoolMachine:
     @property
     def waiting(self) -> int:
         """How many callers are in the queue."""
-        return len(self._waiters)
+        return len(self.waiters)
 
     @property
     def acquires(self) -> int:
@@ -171,9 +171,9 @@ class PoolMachine:
         if self.phase not in (PoolPhase.OPENING, PoolPhase.OPEN):
             return (Refuse(waiter, Refusal.CLOSED),)
         max_waiting = self._config.max_waiting
-        if max_waiting is not None and len(self._waiters) >= max_waiting:
+        if max_waiting is not None and len(self.waiters) >= max_waiting:
             return self._turn_away(waiter, now)
-        self._waiters.append(waiter)
+        self.waiters.append(waiter)
         deadline = waiter.deadline
         if self._idle or len(self._slots) < self.max_size or deadline <= now:
             return self._settle(now)
@@ -193,7 +193,7 @@ class PoolMachine:
         """The caller is gone: take it out of the queue; what it was granted already goes to the next one."""
         slot = waiter.slot
         if slot is None:
-            self._waiters.discard(waiter)
+            self.waiters.discard(waiter)
             return NO_EFFECTS
         if slot.state is not LEASED:
             return NO_EFFECTS  # severed meanwhile
@@ -210,13 +210,13 @@ class PoolMachine:
         slot.idle_since = now
         slot.verified_at = answered_at
         fresh_until = answered_at + self._check_interval
-        slot.fresh_until = min(slot.expires_at, fresh_until)
-        if self._waiters and now < fresh_until and now < slot.retires_at:
+        slot.fresh_until = fresh_until if fresh_until < slot.expires_at else slot.expires_at  # noqa: FURB136  # min() is slow
+        if self.waiters and now < fresh_until and now < slot.retires_at:
             return (self._hand_over(slot, now),)
         self._leased.remove(slot)  # `_move` in line, as in `take`; nobody has been idle for a shorter time
         slot.state = IDLE
         self._idle.append(slot)
-        if self._waiters:
+        if self.waiters:
             if now >= slot.fresh_until:
                 self._start_check(slot)  # also if others are being checked already: it may be here before them
             return self._settle(now)
@@ -499,18 +499,18 @@ class PoolMachine:
     def _serve(self, now: float) -> None:
         """Give idle connections to waiters; send stale ones to be checked, no more than waiters need."""
         fresh = [slot for slot in self._idle if now < slot.fresh_until or slot.verified_at == now]
-        while self._waiters and fresh:
+        while self.waiters and fresh:
             slot = fresh.pop()
             self._move(slot, LEASED)
             self._effects.append(self._hand_over(slot, now))
         for slot in self._idle[::-1]:
-            if len(self._waiters) <= self._coming():
+            if len(self.waiters) <= self._coming():
                 break
             self._start_check(slot)
 
     def _hand_over(self, slot: Slot, now: float) -> Waiter:
         """Ownership changes before the waiter is woken: one that is cancelled meanwhile withdraws."""
-        waiter = self._waiters.pop_first()
+        waiter = self.waiters.pop_first()
         waiter.slot = slot
         slot.leased_at = now
         slot.uses += 1
@@ -537,7 +537,7 @@ class PoolMachine:
 
     def _wanted(self, now: float) -> int:
         """How many connects the waiters, `min_size` and retirements ask for."""
-        for_waiters = len(self._waiters) + self._turned_away - self._coming()
+        for_waiters = len(self.waiters) + self._turned_away - self._coming()
         for_min_size = self.min_size - (len(self._slots) - len(self._closing))
         for_retirement = 1 if not self._connecting and self._retiring(now) else 0
         return max(for_waiters, for_min_size, for_retirement)
@@ -557,13 +557,13 @@ class PoolMachine:
     # --- deadlines ------------------------------------------------------------------------------------------
 
     def _refuse_overdue(self, now: float) -> None:
-        for waiter in self._waiters.pop_overdue(now):
+        for waiter in self.waiters.pop_overdue(now):
             self.timeouts += 1
             self._effects.append(Refuse(waiter, Refusal.TIMEOUT))
 
     def _refuse_all(self, refusal: Refusal) -> None:
-        self._effects.extend(Refuse(waiter, refusal) for waiter in self._waiters)
-        self._waiters.clear()
+        self._effects.extend(Refuse(waiter, refusal) for waiter in self.waiters)
+        self.waiters.clear()
 
     def _schedule(self, now: float) -> None:
         """Ask to be woken when the next thing is due. An earlier wake-up that stands already is left alone."""
@@ -573,7 +573,7 @@ class PoolMachine:
             self._effects.append(WakeAt(when))
 
     def _due_times(self, now: float) -> Iterator[float]:
-        yield self._waiters.next_deadline()
+        yield self.waiters.next_deadline()
         if self._backoff.not_before > now and self._wanted(now) > 0:
             yield self._backoff.not_before
         for slot in self._idle:

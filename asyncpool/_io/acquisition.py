@@ -13,6 +13,7 @@ from psycopg import AsyncConnection, pq
 from .._core.policy import NEVER
 from .._core.slot import Slot
 from ..errors import PoolClosed, PoolError
+from ..events import CloseReason
 from .connection import Leased, PooledConnection, describe_unfinished
 from .leases import LEASED
 from .reader import BAD
@@ -108,7 +109,7 @@ class Acquisition(Generic[C]):
         try:
             await runner.driver.set_up_lease(connection)
         except Exception:
-            runner.leases.reject_lease(connection)
+            runner.leases.discard_lease(connection, CloseReason.SETUP_FAILED)
             raise
         except BaseException:
             runner.leases.end_lease(connection, after_block=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import sys
 from collections.abc import Callable
 from time import monotonic
 from types import CodeType, TracebackType
@@ -12,22 +13,29 @@ from typing import Any, Generic, TypeVar
 
 from psycopg import Connection
 
-from .._core.effects import Effect, Effects, Refuse
+from .._core.effects import Effects, Refuse
 from .._core.machine import PoolMachine
 from .._core.policy import NEVER
-from .._core.slot import Slot
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError
+from ..events import CloseReason
 from .acquisition import Default, has_to_commit
 from .driver import Driver
-from .leases import LEASED, Leases
+from .leases import Leases
 from .locked_machine import LockedMachine, ThreadWaiter
 from .loop_thread import LoopThread
+from .reader import socket_of
 from .runner import Runner
 from .session import FORKED, SEVERED, Session
-from .watch import WATCH_STALENESS
+from .watch import peer_has_closed
 
 C = TypeVar("C", bound=Connection[Any])
+
+
+def check_not_finalizing(name: str) -> None:
+    """Raise PoolClosed at the interpreter's end, when the loop's thread stands still and nobody may wait for it."""
+    if sys.is_finalizing():
+        raise PoolClosed(f"{name}: the interpreter is shutting down")
 
 
 class WaitUnlessExhausted:
@@ -63,7 +71,7 @@ class BlockingRunner(Runner):
         for effect in effects:
             if type(effect) is ThreadWaiter:
                 effect.wake()
-            else:
+            elif type(effect) is Refuse:
                 self._refuse(effect)
         if self.machine.for_loop:
             if asyncio._get_running_loop() is self.loop:
@@ -77,8 +85,7 @@ class BlockingRunner(Runner):
         while kept:
             super().perform((kept.popleft(),))
 
-    def _refuse(self, effect: Effect) -> None:
-        assert isinstance(effect, Refuse)
+    def _refuse(self, effect: Refuse) -> None:
         waiter = effect.waiter
         assert isinstance(waiter, ThreadWaiter)
         waiter.error = self._refusal(effect.refusal, waiter.began)
@@ -98,19 +105,12 @@ class BlockingRunner(Runner):
             session.sever()
         self.perform(effects)
 
-    def _on_disconnect(self, session: Session) -> None:
-        # Whoever takes a connection looks at the watch in its own thread.
-        if asyncio._get_running_loop() is self.loop:
-            super()._on_disconnect(session)
-        elif session.slot is not None:
-            self.perform(self.machine.disconnected(session.slot, monotonic()))
-
     def disown(self) -> None:
         """In a forked child: the sessions are the parent's."""
         for slot in self.machine.slots():
             if isinstance(slot.resource, Session):
                 slot.resource.lease = FORKED
-        _inherited.append(self)
+        _inherited.extend((self, self.driver.disown()))
 
     def check_loop(self) -> None:
         """Raise PoolClosed if the event loop is gone. Any thread may call the machine."""
@@ -122,39 +122,34 @@ class BlockingRunner(Runner):
     def lease(self, timeout: Timeout, code: CodeType, offset: int) -> Any:
         """A connection, taken or waited for. Raises as `SyncPool.getconn`; Ctrl-C leaves nothing behind."""
         now = monotonic()
-        machine = self.machine
-        connection: Any = None
-        with machine.lock:
-            slot = machine.take(now)
-            if slot is not None:
-                connection = self._claim(slot)
-        if slot is None or (now - slot.idle_since > WATCH_STALENESS and self._has_ended(slot, now)):
+        connection = self.machine.lend(now, -NEVER, code, offset)
+        if connection is None or self._has_ended(connection):
             connection = self._wait_for_one(now, timeout)
+            session: Session = connection._session
+            session.site_code = code
+            session.site_offset = offset
+            if session.touched:  # somebody went on with the object after its release
+                self._restore(connection)
+        return connection if self.plain else self.prepare(connection)
+
+    def _restore(self, connection: Any) -> None:
         session: Session = connection._session
-        session.site_code = code
-        session.site_offset = offset
-        if not self.plain:
-            connection = self._prepare(connection)
-        return connection
-
-    def _claim(self, slot: Slot) -> Any:
-        """Make the session of a leased slot the caller's. Under the lock: close() might sever it in between."""
-        session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
-        if session.touched:  # somebody went on with the object after its release
-            self.leases.restore(session)
-        connection = session.connection
+        session.connection = connection
+        self.leases.restore(session)
         session.connection = None
-        session.lease = slot.uses
-        return connection
 
-    def _has_ended(self, slot: Slot, now: float) -> bool:
-        self.watch.look(now)
-        if not slot.is_disconnected:
+    def _has_ended(self, connection: Any) -> bool:
+        """Look at the socket of a connection that is about to be handed out; one that has ended is discarded."""
+        session: Session = connection._session
+        fd = socket_of(session.pgconn)
+        if fd is not None and not peer_has_closed(fd):
+            session.alive_at = monotonic()
             return False
-        self.perform(self.machine.discard(slot, slot.doom, now))
+        self.leases.discard_lease(connection, CloseReason.DISCONNECTED)
         return True
 
     def _wait_for_one(self, began: float, timeout: Timeout) -> Any:
+        check_not_finalizing(self.config.name)
         seconds = timeout if timeout is None or isinstance(timeout, (int, float)) else self.config.acquire_timeout
         deadline = NEVER if seconds is None else began + seconds
         now = began
@@ -172,16 +167,15 @@ class BlockingRunner(Runner):
                 raise
             if waiter.error is not None:
                 raise waiter.error
-            slot = waiter.slot
-            now = monotonic()
-            with self.machine.lock:
-                if slot is None or slot.state is not LEASED:
-                    raise PoolClosed(f"{self.config.name} is closed")  # between the grant and now
-                connection = self._claim(slot)
-            if not self._has_ended(slot, now):
+            assert waiter.slot is not None
+            connection = self.machine.lend_granted(waiter.slot)
+            if connection is None:
+                raise PoolClosed(f"{self.config.name} is closed")  # between the grant and now
+            if not self._has_ended(connection):
                 return connection
+            now = monotonic()
 
-    def _prepare(self, connection: Any) -> Any:
+    def prepare(self, connection: Any) -> Any:
         """What `debug` and `setup` want to be done with a lease."""
         session: Session = connection._session
         session.connection = connection
@@ -194,7 +188,7 @@ class BlockingRunner(Runner):
                 answer.result()
             except BaseException:
                 answer.cancel()
-                self.leases.reject_lease(connection)
+                self.leases.discard_lease(connection, CloseReason.SETUP_FAILED)
                 raise
             if session.lease != lease:
                 raise PoolError(f"{self.config.name}: setup has given its connection back")
@@ -207,7 +201,7 @@ class DropInRunner(BlockingRunner):
     is_drop_in = True
 
 
-_inherited: list[BlockingRunner] = []  # of the parent process: what hangs on them must never be finalized here
+_inherited: list[object] = []  # of the parent process: what hangs on them must never be finalized here
 
 
 class BlockingAcquisition(Generic[C]):

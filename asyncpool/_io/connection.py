@@ -192,7 +192,7 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
             if session.lease in UNUSABLE:
                 self.pgconn.finish()
             session.in_thread = False
-            session.reader.answered_at = monotonic()
+            session.reader.answered_at = session.alive_at = monotonic()
             status = self.pgconn.transaction_status
             if status != UNKNOWN:
                 session.in_transaction = status != IDLE

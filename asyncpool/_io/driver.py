@@ -235,6 +235,12 @@ class Driver:
         self._half_open.clear()
         self._lingering.clear()
 
+    def disown(self) -> object:
+        """In a forked child: start anew. What is returned must be kept, as it is the parent's."""
+        inherited = self._half_open, self._lingering
+        self._half_open, self._lingering = set(), set()
+        return inherited
+
     async def _set_up(self, pgconn: PGconn) -> Session:
         session = Session(pgconn, asyncio.get_running_loop(), self._config.cancel_timeout, shared=self.shared)
         try:
@@ -254,8 +260,7 @@ class Driver:
             try:
                 await self._call(self._config.configure, session)
             except Exception as ex:
-                lost = session.pgconn.status == BAD
-                failure = ConnectFailure.TRANSIENT if lost else ConnectFailure.FINAL
+                failure = ConnectFailure.TRANSIENT if session.is_lost else ConnectFailure.FINAL
                 raise ConnectFailed(_as_error("configure", ex), failure, CloseReason.CONFIGURE_FAILED) from None
         session.baseline = Baseline(session.connection)
 
@@ -274,7 +279,7 @@ class Driver:
                 await self._call(self._config.check, session)
                 self._restore_client_state(session)
         except Exception as ex:
-            reason = CloseReason.DISCONNECTED if session.pgconn.status == BAD else CloseReason.CHECK_FAILED
+            reason = CloseReason.DISCONNECTED if session.is_lost else CloseReason.CHECK_FAILED
             raise Unusable(reason, f"check: {_brief(ex)}") from ex
 
     async def recycle(self, session: Session) -> None:
@@ -298,7 +303,7 @@ class Driver:
                     await self._call(self._config.configure, session)
                     session.baseline = Baseline(session.connection)
         except Exception as ex:
-            reason = CloseReason.DISCONNECTED if session.pgconn.status == BAD else CloseReason.RESET_FAILED
+            reason = CloseReason.DISCONNECTED if session.is_lost else CloseReason.RESET_FAILED
             raise Unusable(reason, f"reset: {_brief(ex)}") from ex
 
     async def _roll_back(self, session: Session) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
 import warnings
 import weakref
 from collections.abc import Callable
@@ -24,7 +23,8 @@ from ..events import CloseReason
 from .client_state import read_client_state
 from .connection import Leased, describe_unfinished
 from .reader import BAD
-from .session import IDLE, NOT_LEASED, SEVERED, Session
+from .session import FORKED, IDLE, NOT_LEASED, SEVERED, Session
+from .site import describe_stack
 from .watch import DisconnectWatch
 
 logger = logging.getLogger("asyncpool")
@@ -71,7 +71,7 @@ class Leases:
         now = monotonic()
         if session.held_warned:
             self._note_returned(session, now)
-        if self._machine.waiting:
+        if self._machine.waiters:
             self._watch.look(now)  # it is handed out at once
         slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased; a cast() takes time
         effects = self._machine.give_back(slot, session.reader.answered_at, now)
@@ -118,8 +118,8 @@ class Leases:
     ) -> Effects:
         assert session.baseline is not None
         if session.pgconn.status == BAD:
-            closed_here = session.ending is not None
-            return self._machine.discard(slot, CloseReason.DISCARDED if closed_here else CloseReason.DISCONNECTED, now)
+            reason = CloseReason.DISCONNECTED if session.is_lost else CloseReason.DISCARDED
+            return self._machine.discard(slot, reason, now)
         if busy := describe_unfinished(connection):
             logger.warning(
                 "%s: closing a connection that was returned %s (acquired at %s)",
@@ -147,10 +147,14 @@ class Leases:
                 session.site,
             )
 
-    def check_former(self, config: PoolConfig) -> None:
-        """Raise unless these are leases of an earlier opening of that pool, which its close() has ended."""
+    def check_pool(self, config: PoolConfig) -> None:
+        """Raise unless these are leases of that pool."""
         if self._config is not config:
             raise PoolError(f"{config.name}: this connection is not of this pool")
+
+    def check_former(self, config: PoolConfig) -> None:
+        """Raise unless these are leases of an earlier opening of that pool, which its close() has ended."""
+        self.check_pool(config)
         if self._loop.is_closed():
             raise PoolError(f"{config.name}: this connection's event loop is closed, and so is the connection")
 
@@ -160,24 +164,15 @@ class Leases:
             raise WrongLoop(f"{self._config.name} was opened in another event loop than the one that uses it now")
         self.end_lease(connection)
 
-    def reject_lease(self, connection: Leased) -> None:
-        """`setup` has raised: close the connection, unless close() does that already."""
-        session = connection._session
-        session.lease = NOT_LEASED
-        slot = cast(Slot, session.slot)
-        if slot.state is LEASED:
-            session.connection = connection
-            self._perform(self._machine.discard(slot, CloseReason.SETUP_FAILED, monotonic()))
-
-    def discard_lease(self, connection: Leased) -> None:
-        """Take a connection back to close it, as its user wishes."""
+    def discard_lease(self, connection: Leased, reason: CloseReason) -> None:
+        """Take a connection back to close it, unless close() does that already."""
         session = connection._session
         session.lease = NOT_LEASED
         slot = cast(Slot, session.slot)
         if slot.state is LEASED:
             session.connection = connection
             session.touched = False
-            self._perform(self._machine.discard(slot, CloseReason.DISCARDED, monotonic()))
+            self._perform(self._machine.discard(slot, reason, monotonic()))
 
     def restore(self, session: Session) -> None:
         """Put back the settings of an unleased connection."""
@@ -192,7 +187,7 @@ class Leases:
     def _on_collected(self, session: Session, reference: object) -> None:
         # Called by the garbage collector, in any thread and at any moment: it may take no lock.
         slot = session.slot
-        if slot is None or slot.state is not LEASED or session.reference is not reference:
+        if slot is None or slot.state is not LEASED or session.reference is not reference or session.lease == FORKED:
             return
         try:
             self._loop.call_soon_threadsafe(self._take_back_lost, session, slot.uses)
@@ -216,7 +211,7 @@ class Leases:
     def renew_for_debug(self, session: Session) -> Leased:
         """With `debug`: keep the acquire's full stack, and take a connection object that no other lease shares."""
         if self._debug:
-            session.stack = "".join(traceback.format_stack()[:-2])
+            session.stack = describe_stack()
             former = session.connection
             session.connection = former._renewed()
             self.adopt(session)  # before the former one can be collected: it is not lost

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec
+from types import CodeType
+from typing import Any, Concatenate, ParamSpec
 
 from .._core.effects import NO_EFFECTS, Effect, Effects, Refusal, Refuse
 from .._core.machine import PoolMachine
@@ -14,10 +15,11 @@ from .._core.slot import Slot
 from .._core.states import SlotState
 from ..config import PoolConfig
 from ..events import CloseReason
+from .session import NOT_LEASED, Session
 
 P = ParamSpec("P")
 
-LEASED = SlotState.LEASED
+IDLE, LEASED = SlotState.IDLE, SlotState.LEASED
 
 
 class ThreadWaiter(Waiter):
@@ -47,16 +49,15 @@ def _locked(
 ) -> Callable[Concatenate[LockedMachine, P], Effects]:
     def call(self: LockedMachine, /, *args: P.args, **kwargs: P.kwargs) -> Effects:
         with self.lock:
-            effects = method(self, *args, **kwargs)
-            return self._keep_for_loop(effects) if effects else NO_EFFECTS
+            return self._keep_for_loop(method(self, *args, **kwargs))
 
     call.__doc__ = method.__doc__
     return call
 
 
 class LockedMachine(PoolMachine):
-    """Any thread may call it. It returns the waiters that are to be woken, which any thread may do; all other effects
-    go into `for_loop`. The lock is never held across I/O or a callback.
+    """Any thread may call it, and may wake or refuse the waiters that it returns; all other effects go into `for_loop`
+    as well, from which the event loop takes them. The lock is never held across I/O or a callback.
     """
 
     def __init__(self, config: PoolConfig, draw: Callable[[], float]) -> None:
@@ -65,14 +66,101 @@ class LockedMachine(PoolMachine):
         self.for_loop: deque[Effect] = deque()
 
     def _keep_for_loop(self, effects: Effects) -> Effects:
-        at_once = [effect for effect in effects if isinstance(effect, (Waiter, Refuse))]
-        self.for_loop.extend(effect for effect in effects if not isinstance(effect, (Waiter, Refuse)))
-        return at_once
+        for effect in effects:
+            if type(effect) is not ThreadWaiter and type(effect) is not Refuse:
+                self.for_loop.append(effect)
+        return effects
 
-    def take(self, now: float) -> Slot | None:
-        """Lease a connection that is idle."""
+    # --- the hot path ---------------------------------------------------------------------------------------
+    # These do what `take` and `give_back` do, for the common case and in one call: each further one is a tenth of the
+    # whole cost.
+
+    def lend(self, now: float, alive_since: float, code: CodeType, offset: int) -> Any:
+        """Lease the connection that was idle for the shortest time, to a caller at this place of the code. None if
+        there is none, or it may not be handed out as it is, or is not known to have been alive since then.
+        """
+        try:
+            self.lock.acquire()  # a `with` costs twice as much; in front of the `try`, Ctrl-C could leave it locked
+            idle = self._idle
+            if not idle:
+                return None
+            slot = idle[-1]
+            session: Session = slot.resource  # type: ignore[assignment]  # an object to PoolMachine, which never looks
+            if now >= slot.fresh_until or session.alive_at < alive_since or session.touched:
+                return None
+            idle.pop()
+            slot.state = LEASED
+            self._leased.add(slot)
+            slot.leased_at = now
+            slot.uses = session.lease = uses = slot.uses + 1
+            if uses >= self._max_uses:
+                self._doom(slot, CloseReason.MAX_USES)
+            session.site_code = code
+            session.site_offset = offset
+            connection = session.connection
+            session.connection = None
+            return connection
+        finally:
+            try:  # noqa: SIM105  # slow
+                self.lock.release()
+            except RuntimeError:
+                pass  # Ctrl-C came before it was acquired
+
+    def take_back(self, connection: Any, session: Session, now: float) -> ThreadWaiter | bool:
+        """End the lease of a clean connection. False, and nothing done, if there is more to it: see `give_back`.
+        Otherwise True, or the waiter that has got the connection and is to be woken.
+        """
+        try:
+            self.lock.acquire()  # as in `lend`
+            slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased
+            answered_at = session.reader.answered_at
+            fresh_until = answered_at + self._check_interval
+            if (
+                slot.state is not LEASED
+                or now >= slot.retires_at
+                or now >= slot.expires_at
+                or now >= fresh_until
+                or fresh_until < self._wake_at
+                or len(self._slots) > self.max_size
+                or session.held_warned
+            ):
+                return False
+            session.lease = NOT_LEASED
+            session.connection = connection
+            slot.idle_since = now
+            slot.verified_at = answered_at
+            slot.fresh_until = fresh_until if fresh_until < slot.expires_at else slot.expires_at  # noqa: FURB136
+            if self.waiters:
+                return self._hand_over(slot, now)  # type: ignore[return-value]  # all waiters are of that class here
+            self._leased.remove(slot)
+            slot.state = IDLE
+            self._idle.append(slot)
+            return True
+        finally:
+            try:  # noqa: SIM105  # slow
+                self.lock.release()
+            except RuntimeError:
+                pass  # Ctrl-C came before it was acquired
+
+    # --- requests -------------------------------------------------------------------------------------------
+
+    def lend_granted(self, slot: Slot) -> Any:
+        """The connection that a waiter was granted. None if close() has severed it since."""
         with self.lock:
-            return PoolMachine.take(self, now)
+            if slot.state is not LEASED:
+                return None
+            session: Session = slot.resource  # type: ignore[assignment]  # as in `lend`
+            connection = session.connection
+            session.connection = None
+            session.lease = slot.uses
+            return connection
+
+    def enqueue_unless_exhausted(self, waiter: Waiter, now: float) -> Effects:
+        """Like `enqueue`, but refuses if every place is leased, or will be to those who wait already."""
+        with self.lock:
+            if len(self._leased) + len(self.waiters) >= self.max_size:
+                return (Refuse(waiter, Refusal.TOO_MANY_WAITING),)
+            return self.enqueue(waiter, now)
 
     # A lease that ends in its thread may have been severed by close() in that instant.
 
@@ -81,8 +169,7 @@ class LockedMachine(PoolMachine):
         with self.lock:
             if slot.state is not LEASED:
                 return NO_EFFECTS
-            effects = PoolMachine.give_back(self, slot, answered_at, now)
-            return self._keep_for_loop(effects) if effects else NO_EFFECTS
+            return self._keep_for_loop(super().give_back(slot, answered_at, now))
 
     def recycle(self, slot: Slot, now: float) -> Effects:
         """A lease ends and the connection needs a rollback or a reset."""
@@ -93,13 +180,6 @@ class LockedMachine(PoolMachine):
         """A lease ends and the connection cannot be used any more."""
         with self.lock:
             return self._keep_for_loop(super().discard(slot, reason, now)) if slot.state is LEASED else NO_EFFECTS
-
-    def enqueue_unless_exhausted(self, waiter: Waiter, now: float) -> Effects:
-        """Like `enqueue`, but refuses if every place is leased, or will be to those who wait already."""
-        with self.lock:
-            if len(self._leased) + len(self._waiters) >= self.max_size:
-                return (Refuse(waiter, Refusal.TOO_MANY_WAITING),)
-            return self.enqueue(waiter, now)
 
     enqueue = _locked(PoolMachine.enqueue)
     withdraw = _locked(PoolMachine.withdraw)

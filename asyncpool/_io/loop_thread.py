@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import selectors
@@ -28,14 +29,20 @@ class LoopThread:
         self._selector = selectors.DefaultSelector()
         self.loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop(self._selector)
         self._holders = 0
+        self._forks = 0  # under way: for so long the thread stands still
         self._start()
 
     def _start(self) -> None:
+        self._runs = True
         self._thread = threading.Thread(target=self._run, name="asyncpool: event loop", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        self.loop.run_forever()
+        while self._runs:
+            self.loop.run_forever()
+            with _lock:
+                # A stop that was asked for a fork may come when that is over.
+                self._runs = bool(self._holders) and not self._forks
         if not self._holders:
             self.loop.close()
 
@@ -75,17 +82,24 @@ class LoopThread:
 
     def pause(self) -> None:
         """Stop the thread for the time of a fork, so that the interpreter finds none to warn of."""
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        with _lock:
+            self._forks += 1
+            self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(STOP_TIMEOUT)
         task = f"/proc/self/task/{self._thread.native_id}"
         deadline = time.monotonic() + STOP_TIMEOUT
-        while os.path.exists(task) and time.monotonic() < deadline:  # it outlives its join() for some microseconds
-            time.sleep(0)
+        while not self._runs and os.path.exists(task) and time.monotonic() < deadline:
+            time.sleep(0)  # it outlives its join() for some microseconds
 
     def go_on(self) -> None:
         """After the fork, in the parent."""
-        if not self._thread.is_alive():
-            self._start()
+        with _lock:
+            self._forks -= 1
+            if not self._forks and not self._runs:
+                if self._holders:
+                    self._start()
+                else:
+                    self.loop.close()
 
     def bury(self) -> None:
         """After the fork, in the child: close the loop without touching the parent's, which shares its epoll."""
@@ -94,7 +108,8 @@ class LoopThread:
                 os.dup2(own.fileno(), self._selector.fileno(), inheritable=False)
         for task in asyncio.all_tasks(self.loop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # it is not lost: it goes on in the parent
-        self.loop.close()
+        with contextlib.suppress(RuntimeError):  # it was too busy to pause, and counts as running for ever
+            self.loop.close()
 
 
 _shared: LoopThread | None = None
@@ -102,24 +117,32 @@ _lock = threading.Lock()
 
 
 def _before_fork() -> None:
+    _forking.thread = _shared
     if _shared is not None:
         _shared.pause()
 
 
 def _after_fork_in_parent() -> None:
-    if _shared is not None:
-        _shared.go_on()
+    if (thread := _forking.thread) is not None:
+        thread.go_on()
 
 
 def _after_fork_in_child() -> None:
     global _shared, _lock
     _lock = threading.Lock()  # another thread may have held it
     if _shared is not None:
-        _inherited.append(_shared)
-        _shared.bury()
-        _shared = None
+        thread, _shared = _shared, None
+        _inherited.append(thread)
+        thread.bury()
 
 
+class _Forking(threading.local):
+    """What the calling thread has paused for its fork."""
+
+    thread: LoopThread | None = None
+
+
+_forking = _Forking()
 _inherited: list[LoopThread] = []  # kept, as is all that hangs on it: its finalizers would speak to the parent's server
 
 if hasattr(os, "register_at_fork"):

@@ -92,6 +92,7 @@ class Runner:
         self.closing: asyncio.Future[None] = self.loop.create_future()
         self.last_connect_error: Exception | None = None
         self.last_connect_error_at = 0.0
+        self._single_round = False
         _all_runners.add(self)
         self._tasks: dict[Slot, asyncio.Task[None]] = {}
         self._scopes: dict[Slot, anyio.CancelScope] = {}
@@ -139,7 +140,8 @@ class Runner:
         return PoolPhase.CLOSED if self.loop.is_closed() else self.machine.phase
 
     def open(self, *, single_round: bool) -> None:
-        """Start connecting."""
+        """Start connecting. `single_round`: the first error is raised, and need not be logged."""
+        self._single_round = single_round
         self.perform(self.machine.open(monotonic(), single_round=single_round))
         if self.config.long_held_after is not None:
             self.leases.watch_long_held()
@@ -329,8 +331,9 @@ class Runner:
             self.last_connect_error = None
 
     def _note_connect_error(self, error: Exception) -> None:
-        # The first of an outage is news.
-        level = logging.WARNING if self.last_connect_error is None else logging.DEBUG
+        # The first of an outage is news, unless it is raised by open().
+        told = self._single_round and self.phase is PoolPhase.OPENING
+        level = logging.WARNING if self.last_connect_error is None and not told else logging.DEBUG
         logger.log(level, "%s: connecting failed: %s", self.config.name, error)
         error.__traceback__ = None
         self.last_connect_error = error

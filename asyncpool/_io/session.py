@@ -37,8 +37,9 @@ SEVERED = -2
 FORKED = -3
 
 # How often, in seconds, it is looked whether the server has ended a session whose socket may not be read here: some
-# round trips, as what is waited for is one.
+# round trips at first, as what is waited for is one.
 END_INTERVAL = 0.002
+MAX_END_INTERVAL = 0.1
 
 _COPY_OUT = frozenset({pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH})
 _FINE = frozenset({pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY})
@@ -53,6 +54,7 @@ class Session:
 
     __slots__ = (
         "__weakref__",
+        "alive_at",
         "backend_pid",
         "baseline",
         "cancel",
@@ -83,6 +85,7 @@ class Session:
         self.backend_pid = pgconn.backend_pid
         self.reader = Reader(loop, pgconn, keeps_reading=not shared)
         self.shared = shared  # whether its users run their statements in other threads than the event loop's
+        self.alive_at = 0.0  # if shared: when its socket was last seen open, or the server heard
         self.in_thread = False  # whether one is inside libpq now: then nobody else may finish the PGconn
         self.cancel_timeout = cancel_timeout
         self.connection: Any = None
@@ -213,12 +216,13 @@ class Session:
         If it is a thread that waits on it, the PGconn is left to that thread. The lease is to be ended before.
         """
         fd = socket_of(self.pgconn)
-        if fd is None or self.pgconn.status == BAD or self.ending is not None:
+        if fd is None or self.pgconn.status == BAD or self.ending is not None or self.lease == FORKED:
             return
         self._drop_limit()
         with contextlib.suppress(OSError):  # no descriptor left: then the end is not waited for
             self.ending = duplicate(fd)
-        self.cancel = self.pgconn.cancel_conn() if self.pgconn.transaction_status == ACTIVE else None
+        if self.in_thread or self.pgconn.transaction_status == ACTIVE:
+            self.cancel = self.pgconn.cancel_conn()
         if not self.in_thread:
             self._finish()
 
@@ -248,8 +252,29 @@ class Session:
         if self.cancel is not None:
             with anyio.move_on_after(timeout):
                 await self._send_cancel(self.cancel)
-        wait = _wait_for_peer if self.in_thread else linger
-        return await wait(self.ending, max(0.0, deadline - self.reader.loop.time()))
+                await self._wait_for_thread(self.ending, self.cancel)
+        if self.in_thread:
+            return _shut_down(self.ending)
+        return await linger(self.ending, max(0.0, deadline - self.reader.loop.time()))
+
+    async def _wait_for_thread(self, ending: socket.socket, request: PGcancelConn) -> None:
+        """Wait until no thread is inside libpq, or the server has ended the session: until then what arrives is the
+        thread's. It may just be about to send its statement, so that one request to cancel could come too early.
+        """
+        pause = END_INTERVAL
+        if self.in_thread:
+            with contextlib.suppress(OSError):  # the server has closed it
+                ending.shutdown(socket.SHUT_WR)
+        while self.in_thread and not peer_has_closed(ending.fileno()):
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_END_INTERVAL)
+            request.reset()
+            await self._send_cancel(request)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was ended from outside, not by `sever`."""
+        return self.pgconn.status == BAD and self.ending is None
 
     def abandon(self) -> None:
         """End the session without waiting; for when there is no event loop to wait in."""
@@ -290,22 +315,13 @@ def _run_cancel(request: PGcancelConn) -> PQGenConn[None]:
     yield from cancel(request)
 
 
-async def _wait_for_peer(sock: socket.socket, timeout: float) -> bool:
-    """Like `linger`, for a connection that a thread reads: what arrives is left to that thread. It is shut down for
-    the thread too if the peer has not closed it in time.
-    """
-    try:
-        sock.shutdown(socket.SHUT_WR)
-        with anyio.move_on_after(timeout):
-            while not peer_has_closed(sock.fileno()):  # noqa: ASYNC110  # a reader of the loop's would be called on and on
-                await asyncio.sleep(END_INTERVAL)
+def _shut_down(sock: socket.socket) -> bool:
+    """End a socket for a thread that waits on it. Whether the peer had closed it before."""
+    with sock:
         ended = peer_has_closed(sock.fileno())
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return True  # closed by both sides
-    finally:
-        sock.close()
-    return ended
+        with contextlib.suppress(OSError):  # both sides have closed it
+            sock.shutdown(socket.SHUT_RDWR)
+        return ended
 
 
 async def linger(sock: socket.socket, timeout: float) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from types import CodeType
+import contextlib
+import sys
+import traceback
+from types import CodeType, FrameType
 
 
 def describe_site(code: CodeType | None, offset: int) -> str:
@@ -15,3 +18,20 @@ def describe_site(code: CodeType | None, offset: int) -> str:
             line = number
             break
     return f"{code.co_filename}:{line} in {code.co_qualname}"
+
+
+# In these frames somebody acquires on behalf of the one outside of them.
+_PACKAGE = __name__.partition(".")[0] + "."
+
+
+def describe_stack() -> str:
+    """The calls that led into the pool, outermost first; those inside of it are left out."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_inside(frame):
+        frame = frame.f_back
+    return "".join(traceback.format_stack(frame))
+
+
+def _is_inside(frame: FrameType) -> bool:
+    module = str(frame.f_globals.get("__name__"))
+    return module.startswith(_PACKAGE) or module == contextlib.__name__

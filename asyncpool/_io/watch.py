@@ -61,8 +61,8 @@ class DisconnectWatch(Generic[T]):
                 self._poller.unregister(fd)
 
     def look(self, now: float) -> None:
-        """Poll if the last time is too long ago for handing out a connection."""
-        if now - self.polled_at > WATCH_STALENESS:
+        """Poll if the last time is too long ago for handing out a connection; in the event loop's thread only."""
+        if now - self.polled_at > WATCH_STALENESS and asyncio._get_running_loop() is self.loop:
             self.poll()
 
     def poll(self) -> None:

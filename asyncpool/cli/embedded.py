@@ -150,6 +150,18 @@ class EmbeddedServer:
         with self._conversation:
             self._dismiss_keeper()
 
+    def leave_to_keeper(self) -> None:
+        """Let the server go on until this process ends, without anything to be closed for that."""
+        with self._conversation:
+            keeper, self._keeper = self._keeper, None
+            assert keeper is not None
+            assert keeper.stdin is not None
+            assert keeper.stdout is not None
+            os.dup(keeper.stdin.fileno())  # by the end of this the keeper knows
+            keeper.stdin.close()
+            keeper.stdout.close()
+            keeper.returncode = 0  # it outlives us: nobody is to be warned that it runs
+
     def _hire_keeper(self) -> subprocess.Popen[str]:
         if sys.platform == "win32":
             raise EmbeddedServerError("the embedded server needs Unix sockets: give a server's URL instead")
@@ -220,6 +232,17 @@ def server_at_hand() -> Iterator[str]:
         return
     with EmbeddedServer() as server:
         yield server.dsn()
+
+
+def url_for_script() -> str:
+    """The URL of the server of DATABASE_URL, or of an embedded one that ends with this process."""
+    if url := os.environ.get("DATABASE_URL"):
+        return url
+    server = EmbeddedServer()
+    server.start()
+    url = server.dsn()
+    server.leave_to_keeper()
+    return url
 
 
 def _free_port() -> int:

@@ -153,7 +153,7 @@ def test_deadlines_of_those_who_left_do_not_pile_up() -> None:
             first = pool.queue[0]
             pool.release(holder)
             holder = first
-    assert len(pool.machine._waiters._early) < 100
+    assert len(pool.machine.waiters._early) < 100
 
 
 @pytest.mark.parametrize("seed", range(10))

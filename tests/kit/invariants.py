@@ -101,7 +101,7 @@ def check_phase(pool: VirtualPool) -> None:
 
 def check_queue(pool: VirtualPool) -> None:
     machine = pool.machine
-    assert list(machine._waiters) == pool.queue, "a waiter is forgotten, or out of turn"
+    assert list(machine.waiters) == pool.queue, "a waiter is forgotten, or out of turn"
     if pool.queue:
         idle = machine.idle_slots()
         assert not [slot for slot in idle if may_be_handed_out(pool, slot)], "idle while somebody waits"
