@@ -52,7 +52,8 @@ def examples(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Pytest, on a PostgreSQL of its own or that of DATABASE_URL."""
     session.install(".[demo]", *group("test"))
-    session.run("pytest", *session.posargs)
+    # More processes than the least of machines has processors: most of the time a test waits.
+    session.run("pytest", "-n", "3", *session.posargs)
 
 
 @nox.session

@@ -206,7 +206,7 @@ class SyncPool(Generic[C]):
     def _acquisition(self, timeout: float | Default | None, code: CodeType, offset: int) -> BlockingAcquisition[C]:
         if timeout is not DEFAULT:
             check_timeout("timeout", timeout)
-        return BlockingAcquisition(lambda: self._lease(timeout, code, offset))
+        return BlockingAcquisition(lambda: self._lease(timeout, code, offset), self._finish_interrupted)
 
     def getconn(self, key: Hashable = None, *, timeout: float | Default | None = DEFAULT) -> C:
         """A connection, for `putconn` to give back. The same `key` gets the same connection until then.
@@ -272,20 +272,32 @@ class SyncPool(Generic[C]):
             raise PoolError(f"{self.name}: this connection is not of this pool: {connection!r}") from None
         if runner is None or leases is not runner.leases or session.lease <= NOT_LEASED:
             self._check_severed(pooled, leases)
-        elif (
-            not (session.touched or close or self._keyed)
-            and session.pgconn.transaction_status == IDLE
-            and (taken := runner.machine.take_back(pooled, session, monotonic()))
-        ):
-            if taken is not True:
-                taken.wake()
-            return
-        if self._keyed:
-            self._forget_key(connection)
-        if close:
-            leases.discard_lease(pooled, CloseReason.DISCARDED)
-        elif not leases.give_back_clean(pooled):
-            leases.end_lease(pooled)
+        try:
+            if (
+                not (session.touched or close or self._keyed)
+                and session.pgconn.transaction_status == IDLE
+                and runner is not None
+                and runner.machine.take_back(pooled, session, monotonic())
+            ):
+                return
+            if self._keyed:
+                self._forget_key(connection)
+            if close:
+                leases.discard_lease(pooled, CloseReason.DISCARDED)
+            elif not leases.give_back_clean(pooled):
+                leases.end_lease(pooled)
+        except Exception:
+            raise
+        except BaseException:
+            self._finish_interrupted(connection)
+            raise
+
+    def _finish_interrupted(self, connection: C) -> None:
+        """Ctrl-C has struck while a connection was being given back: that is done all the same."""
+        runner = self._pool._runner
+        pooled: Any = connection
+        if runner is not None and pooled._pool is runner.leases:
+            runner.finish_interrupted(pooled)
 
     def _check_severed(self, connection: Any, leases: object) -> None:
         """Raise PoolError unless this connection is one that was leased when the pool was closed."""

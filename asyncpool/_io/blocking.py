@@ -7,26 +7,29 @@ import contextlib
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from types import CodeType, TracebackType
 from typing import Any, Generic, TypeVar
 
 from psycopg import Connection
 
-from .._core.effects import Effects, Refuse
+from .._core.effects import Check, Close, Connect, Effect, Effects, Recycle
 from .._core.machine import PoolMachine
 from .._core.policy import NEVER
+from .._core.slot import Slot
+from .._core.states import SlotState
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError
 from ..events import CloseReason
 from .acquisition import Default, has_to_commit
 from .driver import Driver
-from .leases import Leases
+from .leases import LEASED, Leases
 from .locked_machine import LockedMachine, ThreadWaiter
 from .loop_thread import LoopThread
 from .reader import socket_of
 from .runner import Runner
-from .session import FORKED, SEVERED, Session
+from .session import FORKED, NOT_LEASED, SEVERED, Session
 from .watch import peer_has_closed
 
 C = TypeVar("C", bound=Connection[Any])
@@ -36,6 +39,14 @@ def check_not_finalizing(name: str) -> None:
     """Raise PoolClosed at the interpreter's end, when the loop's thread stands still and nobody may wait for it."""
     if sys.is_finalizing():
         raise PoolClosed(f"{name}: the interpreter is shutting down")
+
+
+_WORK: dict[SlotState, Callable[[Slot], Effect]] = {
+    SlotState.CONNECTING: Connect,
+    SlotState.CHECKING: Check,
+    SlotState.RECYCLING: Recycle,
+    SlotState.CLOSING: lambda slot: Close(slot, slot.doom),
+}
 
 
 class WaitUnlessExhausted:
@@ -64,32 +75,42 @@ class BlockingRunner(Runner):
         self.closing.add_done_callback(lambda _: thread.release())
 
     def _make_machine(self) -> PoolMachine:
-        return LockedMachine(self.config, random.random)
+        return LockedMachine(self.config, random.random, partial(self._in_loop, self._start_what_was_lost))
 
     def perform(self, effects: Effects) -> None:
-        """Wake whom the machine has served, in any thread, and have the event loop do the rest."""
-        for effect in effects:
-            if type(effect) is ThreadWaiter:
-                effect.wake()
-            elif type(effect) is Refuse:
-                self._refuse(effect)
+        """Have the event loop do what there is for it."""
         if self.machine.for_loop:
             if asyncio._get_running_loop() is self.loop:
                 self._perform_kept()
             else:
-                with contextlib.suppress(RuntimeError):  # the loop is closed, and so is everything
-                    self.loop.call_soon_threadsafe(self._perform_kept)
+                self._in_loop(self._perform_kept)
+
+    def _in_loop(self, work: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and so is everything
+            self.loop.call_soon_threadsafe(work)
 
     def _perform_kept(self) -> None:
         kept = self.machine.for_loop
         while kept:
             super().perform((kept.popleft(),))
 
-    def _refuse(self, effect: Refuse) -> None:
-        waiter = effect.waiter
-        assert isinstance(waiter, ThreadWaiter)
-        waiter.error = self._refusal(effect.refusal, waiter.began)
-        waiter.wake()
+    def _start_what_was_lost(self) -> None:
+        """Ctrl-C may have swallowed effects: what is in a state of work without a task gets one."""
+        self._perform_kept()
+        for slot in self.machine.slots():
+            if slot not in self._tasks and slot.state in _WORK:
+                super().perform((_WORK[slot.state](slot),))
+        self.perform(self.machine.wake(monotonic()))
+
+    def finish_interrupted(self, connection: Any) -> None:
+        """Ctrl-C has struck while a lease was being ended: end it."""
+        session: Session = connection._session
+        slot: Slot = session.slot  # type: ignore[assignment]  # it has had one since its first lease
+        if session.lease > NOT_LEASED:
+            self.leases.end_lease(connection, after_block=True)
+        elif slot.state is LEASED and session.connection is connection and session.granted_to is None:
+            self.perform(self.machine.recycle(slot, monotonic()))
+        self._in_loop(self._start_what_was_lost)
 
     def sever(self) -> None:
         """End the leases that keep the pool from closing."""
@@ -165,8 +186,8 @@ class BlockingRunner(Runner):
             except BaseException:
                 self.perform(self.machine.withdraw(waiter, monotonic()))
                 raise
-            if waiter.error is not None:
-                raise waiter.error
+            if waiter.refusal is not None:
+                raise self._refusal(waiter.refusal, waiter.began)
             assert waiter.slot is not None
             connection = self.machine.lend_granted(waiter.slot)
             if connection is None:
@@ -207,10 +228,11 @@ _inherited: list[object] = []  # of the parent process: what hangs on them must 
 class BlockingAcquisition(Generic[C]):
     """A connection to be, for a `with` block that commits at its end."""
 
-    __slots__ = ("_connection", "_lease", "_number")
+    __slots__ = ("_connection", "_finish_interrupted", "_lease", "_number")
 
-    def __init__(self, lease: Callable[[], C]) -> None:
+    def __init__(self, lease: Callable[[], C], finish_interrupted: Callable[[C], None]) -> None:
         self._lease = lease
+        self._finish_interrupted = finish_interrupted
 
     def __enter__(self) -> C:
         connection: Any = self._lease()
@@ -222,15 +244,22 @@ class BlockingAcquisition(Generic[C]):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         connection: Any = self._connection
-        session: Session = connection._session
-        leases: Leases = connection._pool
+        try:
+            self._end(connection, connection._session, connection._pool, is_normal=exc_type is None)
+        except Exception:
+            raise
+        except BaseException:
+            self._finish_interrupted(connection)
+            raise
+
+    def _end(self, connection: Any, session: Session, leases: Leases, *, is_normal: bool) -> None:
         if session.lease == self._number:
             if leases.give_back_clean(connection):
                 return
         elif session.lease != SEVERED:
             return  # it was given back inside the block
         try:
-            if exc_type is None and has_to_commit(leases.name, connection):
+            if is_normal and has_to_commit(leases.name, connection):
                 connection.commit()
         finally:
             if session.lease in (self._number, SEVERED):

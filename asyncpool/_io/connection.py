@@ -190,7 +190,7 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
             return super().wait(gen, interval, timeout)
         finally:
             if session.lease in UNUSABLE:
-                self.pgconn.finish()
+                session.sever_in_thread()
             session.in_thread = False
             session.reader.answered_at = session.alive_at = monotonic()
             status = self.pgconn.transaction_status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -23,15 +24,15 @@ IDLE, LEASED = SlotState.IDLE, SlotState.LEASED
 
 
 class ThreadWaiter(Waiter):
-    """A thread in the queue."""
+    """A thread in the queue. It is woken with a slot or a refusal."""
 
-    __slots__ = ("_gate", "began", "error")
+    __slots__ = ("_gate", "began", "refusal")
 
     def __init__(self, deadline: float, began: float) -> None:
         self.deadline = deadline
         self.slot = None
         self.began = began
-        self.error: Exception | None = None
+        self.refusal: Refusal | None = None
         self._gate = threading.Lock()
         self._gate.acquire()
 
@@ -40,8 +41,9 @@ class ThreadWaiter(Waiter):
         self._gate.acquire()
 
     def wake(self) -> None:
-        """Let the thread go on; to be called once."""
-        self._gate.release()
+        """Let the thread go on, if it was not woken before."""
+        with contextlib.suppress(RuntimeError):
+            self._gate.release()
 
 
 def _locked(
@@ -49,27 +51,81 @@ def _locked(
 ) -> Callable[Concatenate[LockedMachine, P], Effects]:
     def call(self: LockedMachine, /, *args: P.args, **kwargs: P.kwargs) -> Effects:
         with self.lock:
-            return self._keep_for_loop(method(self, *args, **kwargs))
+            self._depth += 1
+            try:
+                effects = method(self, *args, **kwargs)
+                return self._divide(effects) if self._depth == 1 else effects
+            except BaseException as ex:
+                self._mend_after(ex)
+                raise
+            finally:
+                self._depth -= 1
 
     call.__doc__ = method.__doc__
     return call
 
 
 class LockedMachine(PoolMachine):
-    """Any thread may call it, and may wake or refuse the waiters that it returns; all other effects go into `for_loop`
-    as well, from which the event loop takes them. The lock is never held across I/O or a callback.
+    """Any thread may call it. It wakes waiters itself; the effects that it returns have been put into `for_loop`, from
+    which the event loop takes them in the order of the decisions. The lock is never held across I/O or a callback.
+
+    Ctrl-C may strike in the midst of a decision of the main thread. Then everything is put where its state says, and
+    `on_mended` called, which has to see to it that the event loop looks for work that was decided and never started.
     """
 
-    def __init__(self, config: PoolConfig, draw: Callable[[], float]) -> None:
+    def __init__(self, config: PoolConfig, draw: Callable[[], float], on_mended: Callable[[], None]) -> None:
         super().__init__(config, draw)
-        self.lock = threading.RLock()  # the machine's methods call each other
+        self.lock = threading.RLock()  # its methods call each other
+        self._depth = 0  # they do: their effects are for the outermost to divide
         self.for_loop: deque[Effect] = deque()
+        self._on_mended = on_mended
 
-    def _keep_for_loop(self, effects: Effects) -> Effects:
+    def _divide(self, effects: Effects) -> Effects:
         for effect in effects:
-            if type(effect) is not ThreadWaiter and type(effect) is not Refuse:
+            if type(effect) is ThreadWaiter:
+                effect.wake()
+            elif type(effect) is Refuse:
+                waiter: ThreadWaiter = effect.waiter  # type: ignore[assignment]  # all are of that class here
+                waiter.refusal = effect.refusal
+                waiter.wake()
+            else:
                 self.for_loop.append(effect)
         return effects
+
+    def _hand_over(self, slot: Slot, now: float) -> Waiter:
+        session: Session = slot.resource  # type: ignore[assignment]  # an object to PoolMachine, which never looks
+        session.granted_to = next(iter(self.waiters))
+        return super()._hand_over(slot, now)
+
+    def _mend_after(self, ex: BaseException) -> None:
+        """Put every slot where its state says; a connection that was about to be lent is idle again."""
+        if isinstance(ex, Exception):
+            return  # no interruption
+        self._effects.clear()
+        for slot in self._slots:
+            session = slot.resource
+            if slot.state in (IDLE, LEASED) and isinstance(session, Session):
+                self._mend_lease(slot, session)
+            for state, members in zip(SlotState, self._members, strict=False):
+                if slot in members and state is not slot.state:
+                    members.remove(slot)
+                elif slot not in members and state is slot.state:
+                    members.append(slot) if isinstance(members, list) else members.add(slot)
+        self._idle.sort(key=lambda slot: slot.idle_since)
+        self._on_mended()
+
+    def _mend_lease(self, slot: Slot, session: Session) -> None:
+        waiter = session.granted_to
+        if waiter is not None and waiter not in self.waiters:
+            slot.state = LEASED
+            waiter.slot = slot
+            waiter.wake()
+            return
+        session.granted_to = None
+        being_lent = session.lease == slot.uses and session.connection is not None
+        if being_lent or (slot not in self._leased and slot not in self._idle):
+            slot.state = IDLE
+            session.lease = NOT_LEASED
 
     # --- the hot path ---------------------------------------------------------------------------------------
     # These do what `take` and `give_back` do, for the common case and in one call: each further one is a tenth of the
@@ -88,11 +144,11 @@ class LockedMachine(PoolMachine):
             session: Session = slot.resource  # type: ignore[assignment]  # an object to PoolMachine, which never looks
             if now >= slot.fresh_until or session.alive_at < alive_since or session.touched:
                 return None
+            slot.uses = session.lease = uses = slot.uses + 1  # first, so that `_mend_lease` knows what is going on
             idle.pop()
             slot.state = LEASED
             self._leased.add(slot)
             slot.leased_at = now
-            slot.uses = session.lease = uses = slot.uses + 1
             if uses >= self._max_uses:
                 self._doom(slot, CloseReason.MAX_USES)
             session.site_code = code
@@ -100,16 +156,17 @@ class LockedMachine(PoolMachine):
             connection = session.connection
             session.connection = None
             return connection
+        except BaseException as ex:
+            self._mend_after(ex)
+            raise
         finally:
             try:  # noqa: SIM105  # slow
                 self.lock.release()
             except RuntimeError:
                 pass  # Ctrl-C came before it was acquired
 
-    def take_back(self, connection: Any, session: Session, now: float) -> ThreadWaiter | bool:
-        """End the lease of a clean connection. False, and nothing done, if there is more to it: see `give_back`.
-        Otherwise True, or the waiter that has got the connection and is to be woken.
-        """
+    def take_back(self, connection: Any, session: Session, now: float) -> bool:
+        """End the lease of a clean connection. False, and nothing done, if there is more to it: see `give_back`."""
         try:
             self.lock.acquire()  # as in `lend`
             slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased
@@ -131,11 +188,15 @@ class LockedMachine(PoolMachine):
             slot.verified_at = answered_at
             slot.fresh_until = fresh_until if fresh_until < slot.expires_at else slot.expires_at  # noqa: FURB136
             if self.waiters:
-                return self._hand_over(slot, now)  # type: ignore[return-value]  # all waiters are of that class here
+                self._hand_over(slot, now).wake()  # type: ignore[attr-defined]  # all are ThreadWaiters here
+                return True
             self._leased.remove(slot)
             slot.state = IDLE
             self._idle.append(slot)
             return True
+        except BaseException as ex:
+            self._mend_after(ex)
+            raise
         finally:
             try:  # noqa: SIM105  # slow
                 self.lock.release()
@@ -151,36 +212,34 @@ class LockedMachine(PoolMachine):
                 return None
             session: Session = slot.resource  # type: ignore[assignment]  # as in `lend`
             connection = session.connection
-            session.connection = None
+            session.connection = session.granted_to = None
             session.lease = slot.uses
             return connection
 
-    def enqueue_unless_exhausted(self, waiter: Waiter, now: float) -> Effects:
+    def _enqueue_unless_exhausted(self: PoolMachine, waiter: Waiter, now: float) -> Effects:
         """Like `enqueue`, but refuses if every place is leased, or will be to those who wait already."""
-        with self.lock:
-            if len(self._leased) + len(self.waiters) >= self.max_size:
-                return (Refuse(waiter, Refusal.TOO_MANY_WAITING),)
-            return self.enqueue(waiter, now)
+        if len(self._leased) + len(self.waiters) >= self.max_size:
+            return (Refuse(waiter, Refusal.TOO_MANY_WAITING),)
+        return self.enqueue(waiter, now)
 
     # A lease that ends in its thread may have been severed by close() in that instant.
 
-    def give_back(self, slot: Slot, answered_at: float, now: float) -> Effects:
+    def _give_back(self: PoolMachine, slot: Slot, answered_at: float, now: float) -> Effects:
         """A lease ends and the connection is clean."""
-        with self.lock:
-            if slot.state is not LEASED:
-                return NO_EFFECTS
-            return self._keep_for_loop(super().give_back(slot, answered_at, now))
+        return PoolMachine.give_back(self, slot, answered_at, now) if slot.state is LEASED else NO_EFFECTS
 
-    def recycle(self, slot: Slot, now: float) -> Effects:
+    def _recycle(self: PoolMachine, slot: Slot, now: float) -> Effects:
         """A lease ends and the connection needs a rollback or a reset."""
-        with self.lock:
-            return self._keep_for_loop(super().recycle(slot, now)) if slot.state is LEASED else NO_EFFECTS
+        return PoolMachine.recycle(self, slot, now) if slot.state is LEASED else NO_EFFECTS
 
-    def discard(self, slot: Slot, reason: CloseReason, now: float) -> Effects:
+    def _discard(self: PoolMachine, slot: Slot, reason: CloseReason, now: float) -> Effects:
         """A lease ends and the connection cannot be used any more."""
-        with self.lock:
-            return self._keep_for_loop(super().discard(slot, reason, now)) if slot.state is LEASED else NO_EFFECTS
+        return PoolMachine.discard(self, slot, reason, now) if slot.state is LEASED else NO_EFFECTS
 
+    enqueue_unless_exhausted = _locked(_enqueue_unless_exhausted)
+    give_back = _locked(_give_back)
+    recycle = _locked(_recycle)
+    discard = _locked(_discard)
     enqueue = _locked(PoolMachine.enqueue)
     withdraw = _locked(PoolMachine.withdraw)
     connected = _locked(PoolMachine.connected)

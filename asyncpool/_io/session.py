@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 import weakref
+from contextlib import AbstractContextManager
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +64,8 @@ class Session:
         "connection",
         "ending",
         "ending_limit",
+        "granted_to",
+        "guard",
         "held_warned",
         "in_thread",
         "in_transaction",
@@ -85,6 +89,9 @@ class Session:
         self.backend_pid = pgconn.backend_pid
         self.reader = Reader(loop, pgconn, keeps_reading=not shared)
         self.shared = shared  # whether its users run their statements in other threads than the event loop's
+        # Who ends a session looks at its descriptor, which a thread inside libpq may close in that instant.
+        self.guard: AbstractContextManager[object] = threading.Lock() if shared else contextlib.nullcontext()
+        self.granted_to: Any = None  # if shared: the waiter that has not taken it yet
         self.alive_at = 0.0  # if shared: when its socket was last seen open, or the server heard
         self.in_thread = False  # whether one is inside libpq now: then nobody else may finish the PGconn
         self.cancel_timeout = cancel_timeout
@@ -215,16 +222,31 @@ class Session:
 
         If it is a thread that waits on it, the PGconn is left to that thread. The lease is to be ended before.
         """
+        self._drop_limit()
+        with self.guard:
+            if not self._duplicate():
+                return
+            if self.in_thread or self.pgconn.transaction_status == ACTIVE:
+                self.cancel = self.pgconn.cancel_conn()
+            if self.in_thread:
+                return
+        self._finish()
+
+    def sever_in_thread(self) -> None:
+        """The same, by the thread that is inside libpq, when its lease has been ended meanwhile."""
+        with self.guard:
+            self._duplicate()
+            self.pgconn.finish()
+            self.in_thread = False
+
+    def _duplicate(self) -> bool:
+        """Keep a descriptor by which the server's end of the session is seen. False if it is not for us to end."""
         fd = socket_of(self.pgconn)
         if fd is None or self.pgconn.status == BAD or self.ending is not None or self.lease == FORKED:
-            return
-        self._drop_limit()
+            return False
         with contextlib.suppress(OSError):  # no descriptor left: then the end is not waited for
             self.ending = duplicate(fd)
-        if self.in_thread or self.pgconn.transaction_status == ACTIVE:
-            self.cancel = self.pgconn.cancel_conn()
-        if not self.in_thread:
-            self._finish()
+        return True
 
     def _finish(self) -> None:
         if self.shared and asyncio._get_running_loop() is not self.reader.loop:

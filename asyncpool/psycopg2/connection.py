@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta, timezone
 from types import TracebackType
 from typing import Any, Self
 
 import psycopg
 from psycopg import ClientCursor, ServerCursor
+from psycopg.abc import Buffer, DumperKey, PyFormat
 from psycopg.adapt import AdaptersMap
+from psycopg.pq import TransactionStatus
+from psycopg.types.array import ListDumper
 from psycopg.types.composite import TupleDumper
+from psycopg.types.datetime import TimestamptzLoader
+from psycopg.types.string import ByteaLoader, TextLoader
 
 # psycopg2.extensions' numbers, which are not psycopg 3's.
 _ISOLATION_LEVELS = {
@@ -20,12 +26,49 @@ _ISOLATION_LEVELS = {
     4: psycopg.IsolationLevel.READ_UNCOMMITTED,
 }
 
+# Types whose values psycopg2 leaves as the server writes them.
+_LEFT_AS_TEXT = ("uuid", "inet", "cidr", "record")
 
-class ListDumper(TupleDumper):
+
+class InDumper(TupleDumper):
     """A tuple is what stands behind IN: `(1, 2, 3)`."""
 
     def quote(self, obj: Sequence[Any]) -> bytes:
         return b"(" + b", ".join(bytes(self._tx.as_literal(item)) for item in obj) + b")"
+
+
+class ArrayDumper(ListDumper):
+    """A list is `ARRAY[1, 2, 3]`, whose type the server finds out from the items, if one is not NULL."""
+
+    def get_key(self, obj: list[Any], format: PyFormat) -> DumperKey:  # noqa: A002  # psycopg calls it so
+        return self.cls
+
+    def upgrade(self, obj: list[Any], format: PyFormat) -> Self:  # noqa: A002
+        return self
+
+    def quote(self, obj: list[Any]) -> Buffer:
+        if not _has_values(obj):
+            return super().quote(obj)
+        return b"ARRAY[" + b", ".join(bytes(self._tx.as_literal(item)) for item in obj) + b"]"
+
+
+def _has_values(items: list[Any]) -> bool:
+    return any(_has_values(item) if isinstance(item, list) else item is not None for item in items)
+
+
+class MemoryviewLoader(ByteaLoader):
+    """A bytea is a memoryview."""
+
+    def load(self, data: Buffer) -> Any:
+        return memoryview(super().load(bytes(data)))
+
+
+class FixedOffsetLoader(TimestamptzLoader):
+    """A timestamptz has the offset that the server wrote, and differences of two are in real hours."""
+
+    def load(self, data: Buffer) -> datetime:
+        moment = super().load(data)
+        return moment.replace(tzinfo=timezone(moment.utcoffset() or timedelta()), fold=0)
 
 
 class Context:
@@ -35,17 +78,41 @@ class Context:
 
     def __init__(self) -> None:
         self.adapters = AdaptersMap(psycopg.adapters)
-        self.adapters.register_dumper(tuple, ListDumper)
+        self.adapters.register_dumper(tuple, InDumper)
+        self.adapters.register_dumper(list, ArrayDumper)
+        self.adapters.register_loader("bytea", MemoryviewLoader)
+        self.adapters.register_loader("timestamptz", FixedOffsetLoader)
+        for name in _LEFT_AS_TEXT:
+            self.adapters.register_loader(name, TextLoader)
 
 
 class LegacyCursor(ClientCursor[Any]):
     """Binds on the client, and shows the result of the last of several statements, not that of the first."""
 
+    _total: int | None = None  # of `executemany`
+
+    @property
+    def rowcount(self) -> int:
+        """How many rows the last `execute` or `executemany` has changed or found."""
+        return super().rowcount if self._total is None else self._total
+
     def execute(self, *args: Any, **kwargs: Any) -> Self:
+        self._total = None
         super().execute(*args, **kwargs)
         while self.nextset():
             continue
         return self
+
+    def executemany(self, query: Any, params_seq: Iterable[Any], **kwargs: Any) -> None:
+        """Execute it for each, one after the other: psycopg 3's pipeline would make one transaction of autocommit."""
+        if kwargs.get("returning"):  # psycopg 3's
+            super().executemany(query, params_seq, **kwargs)
+            return
+        total = 0
+        for params in params_seq:
+            self.execute(query, params)
+            total += max(0, self.rowcount)
+        self._total = total
 
 
 class LegacyServerCursor(ServerCursor[Any]):
@@ -58,21 +125,44 @@ class LegacyServerCursor(ServerCursor[Any]):
 
 
 class LegacyConnection(psycopg.Connection[Any]):
-    """`with` ends the transaction and does not close; tuples, isolation levels and cursors are as in psycopg2."""
+    """`with` is a transaction, also with autocommit, and does not close; isolation levels and cursors are as in
+    psycopg2.
+    """
+
+    _was_autocommit = False  # before the `with` block
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cursor_factory = LegacyCursor
         self.server_cursor_factory = LegacyServerCursor
 
+    def __enter__(self) -> Self:
+        self._was_autocommit = self.autocommit and self.info.transaction_status == TransactionStatus.IDLE
+        if self._was_autocommit:
+            self.autocommit = False
+        return self
+
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if exc_type is None:
-            self.commit()
-        else:
-            with contextlib.suppress(psycopg.Error):  # lost: the error that led here is the one to see
-                self.rollback()
+        try:
+            if exc_type is None:
+                self.commit()
+            else:
+                with contextlib.suppress(psycopg.Error):  # lost: the error that led here is the one to see
+                    self.rollback()
+        finally:
+            if self._was_autocommit and self.info.transaction_status == TransactionStatus.IDLE:
+                self.autocommit = True
+
+    @property
+    def readonly(self) -> bool | None:
+        """psycopg 3's `read_only`."""
+        return self.read_only
+
+    @readonly.setter
+    def readonly(self, value: bool | None) -> None:
+        self.read_only = value
 
     def cursor(  # type: ignore[override]  # psycopg2's signature
         self,
@@ -94,19 +184,23 @@ class LegacyConnection(psycopg.Connection[Any]):
         return cursor
 
     def set_isolation_level(self, value: Any) -> None:
-        """Set it by psycopg2's number or name; 0 is autocommit."""
+        """Set it by psycopg2's number or name; 0 is autocommit, and keeps the level. Raises ValueError."""
         if self.autocommit is not (value == 0):
             self.autocommit = value == 0
-        super().set_isolation_level(_isolation_level(value) if value != 0 else None)
+        if value != 0:
+            super().set_isolation_level(_isolation_level(value))
 
 
 def _isolation_level(value: Any) -> psycopg.IsolationLevel | None:
     if value is None or isinstance(value, psycopg.IsolationLevel):
         return value
-    if isinstance(value, int):
-        return _ISOLATION_LEVELS[value]
     name = str(value).upper().replace(" ", "_")
-    return None if name == "DEFAULT" else psycopg.IsolationLevel[name]
+    if name == "DEFAULT":
+        return None
+    try:
+        return _ISOLATION_LEVELS[value] if isinstance(value, int) else psycopg.IsolationLevel[name]
+    except KeyError:
+        raise ValueError(f"isolation_level must be a number from 0 to 4 or a level's name, not {value!r}") from None
 
 
 def check_cursor_factory(cursor_factory: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Hashable
+from types import FrameType
 from typing import Any
 
 from .. import errors
@@ -36,6 +37,8 @@ class AbstractConnectionPool:
     """
 
     def __init__(self, minconn: int | str, maxconn: int | str, *args: Any, **kwargs: Any) -> None:
+        if hasattr(self, "_connect"):
+            raise TypeError("_connect is not called here: use configure=, which is, with each new connection")
         self._closed = False
         self._minconn, self._maxconn = _check_sizes(int(minconn), int(maxconn))
         self._timeout: Timeout = kwargs.pop("timeout", None)
@@ -62,8 +65,7 @@ class AbstractConnectionPool:
 
     @minconn.setter
     def minconn(self, minconn: int) -> None:
-        self._minconn = minconn
-        self._resize()
+        self._resize(minconn, self._maxconn)
 
     @property
     def maxconn(self) -> int:
@@ -72,18 +74,21 @@ class AbstractConnectionPool:
 
     @maxconn.setter
     def maxconn(self, maxconn: int) -> None:
-        self._maxconn = maxconn
-        self._resize()
+        self._resize(self._minconn, maxconn)
 
-    def _resize(self) -> None:
+    def _resize(self, minconn: int, maxconn: int) -> None:
         # They are set one after the other: in between the lower bound may be the greater.
-        self._sync_pool.resize(min(self._minconn, self._maxconn), self._maxconn)
+        minimum, _ = _check_sizes(min(minconn, maxconn), maxconn)
+        self._sync_pool.resize(minimum, maxconn)
+        self._minconn, self._maxconn = minconn, maxconn
 
     # psycopg2 has these names, and classes derived from its own call them.
 
     def _getconn(self, key: Hashable = None) -> LegacyConnection:
         """A connection; the same one for the same key. Raises PoolError if all are in use, or the pool is closed."""
-        frame = _getframe(1)
+        return self._lease(key, _getframe(1))
+
+    def _lease(self, key: Hashable, frame: FrameType) -> LegacyConnection:
         if self._closed:
             raise PoolError("connection pool is closed")
         if key is None and (connection := self._sync_pool._lend(frame)) is not None:
@@ -92,6 +97,8 @@ class AbstractConnectionPool:
             return self._sync_pool._lease_for(key, self._timeout, frame.f_code, frame.f_lasti)
         except errors.TooManyWaiting:
             raise PoolError("connection pool exhausted") from None
+        except errors.PoolClosed as error:
+            raise PoolError("connection pool is closed") from error
         except errors.PoolTimeout as error:
             if error.__cause__ is not None:
                 raise  # the server is not there
@@ -145,20 +152,24 @@ class PersistentConnectionPool(AbstractConnectionPool):
 
     def getconn(self) -> LegacyConnection:
         """The calling thread's connection. Raises as that of the other pools."""
-        connection: Any
-        connection, lease = getattr(self._of_thread, "leased", (None, 0))
-        if connection is None or connection._session.lease != lease or self._closed:
-            connection = self._getconn()
-            self._of_thread.leased = connection, connection._session.lease
-        return connection  # type: ignore[no-any-return]  # a LegacyConnection
+        connection = None if self._closed else self._of_this_thread()
+        if connection is None:
+            connection = self._lease(None, _getframe(1))
+            self._of_thread.leased = connection, connection._session.lease  # type: ignore[attr-defined]  # the pool's
+        return connection
 
     def putconn(self, conn: LegacyConnection | None = None, close: bool = False) -> None:
         """Give the calling thread's connection back. Raises PoolError if it has none, or `conn` is another."""
-        connection, _ = getattr(self._of_thread, "leased", (None, 0))
+        connection = self._of_this_thread()
         if connection is None or (conn is not None and conn is not connection):
             raise PoolError("connection pool is closed" if self._closed else "trying to put unkeyed connection")
         self._putconn(connection, close=close)
         del self._of_thread.leased
+
+    def _of_this_thread(self) -> LegacyConnection | None:
+        connection: Any
+        connection, lease = getattr(self._of_thread, "leased", (None, 0))
+        return connection if connection is not None and connection._session.lease == lease else None
 
     closeall = AbstractConnectionPool._closeall
 
@@ -187,6 +198,9 @@ def _options(
             raise TypeError(f"{size} is called {replacement} here, and is the pool's first or second argument")
     conninfo, options = split_parameters(dsn, connection_factory, cursor_factory, parameters)
     if isinstance(seconds := options.get("connect_timeout"), str):
-        options["connect_timeout"] = float(seconds)
+        try:
+            options["connect_timeout"] = float(seconds)
+        except ValueError:
+            raise ValueError(f"connect_timeout must be a number of seconds, not {seconds!r}") from None
     options.setdefault("context", Context())
     return {"conninfo": conninfo, "min_size": minconn, "max_size": maxconn, **options}

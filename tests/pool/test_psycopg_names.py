@@ -48,6 +48,10 @@ TESTED = {
 }
 
 
+# Also a method of psycopg2's pools, which the drop-in looks for.
+NOT_MEANT = {"_connect"}
+
+
 def private_names_of_psycopg() -> set[str]:
     """Those that its modules define or assign, as far as the pool could mean them."""
     names: set[str] = set()
@@ -85,4 +89,4 @@ def walk_past_slots(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def test_every_private_name_of_psycopg_that_the_package_mentions_has_a_test() -> None:
-    assert private_names_mentioned() & private_names_of_psycopg() <= TESTED
+    assert private_names_mentioned() & private_names_of_psycopg() - NOT_MEANT <= TESTED

@@ -87,9 +87,13 @@ pool.close()
 print("fine")
 """
 
-# From 3.12 on Python warns of a fork in a process with threads; as an error that would be dropped unseen.
-QUIET = ("-W", "error", "-W", "always::DeprecationWarning")
-DEV = ("-X", "dev")
+# From 3.12 on Python warns of a fork in a process with threads; as an error that would be dropped unseen. These
+# count the thread that goes on after the fork as well (python/cpython#137109).
+COUNTS_TOO_LATE = (3, 13) <= sys.version_info < (3, 13, 10) or (3, 14) <= sys.version_info < (3, 14, 1)
+OF_THREADS = "ignore::DeprecationWarning" if COUNTS_TOO_LATE else "always::DeprecationWarning"
+
+QUIET = ("-W", "error", "-W", OF_THREADS)
+DEV = ("-X", "dev", "-W", OF_THREADS)
 # For tests in which the threads are the user's own.
 WITH_THREADS = ("-W", "ignore::DeprecationWarning")
 
@@ -611,8 +615,6 @@ with forking.Pool(2) as workers:
 assert pids(pool) == before
 """,
         dsn,
-        QUIET,
-        DEV,
     )
 
 
@@ -683,12 +685,12 @@ errors = []
 
 def fork_on():
     try:
-        for _ in range(10):
+        for _ in range(6):
             wait_for(fork(lambda: use(pool)))
     except BaseException as error:
         errors.append(error)
 
-for _ in range(3):
+for _ in range(2):
     threads = [threading.Thread(target=fork_on) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -780,6 +782,4 @@ for _ in range(5):
 assert pool.stats().abandoned == 0
 """,
         dsn,
-        QUIET,
-        DEV,
     )

@@ -47,16 +47,9 @@ pool.open()
 with pool.acquire() as conn:
     conn.execute("select 1")
 """,
-    "a pool that was never opened": """
-pool = SyncPool(dsn)
-""",
     "a pool that is just being opened": """
 pool = SyncPool(dsn, min_size=4)
 pool.open(wait=False)
-""",
-    "a pool that was closed": """
-with SyncPool(dsn) as pool, pool.acquire() as conn:
-    conn.execute("select 1")
 """,
     "leased connections": """
 pool = SyncPool(dsn, min_size=3)
@@ -353,8 +346,7 @@ with SyncPool(dsn) as pool, pool.acquire() as conn:
 
 BLOCKS = {
     "the pool": "with SyncPool(dsn) as pool:",
-    "a connection": "with SyncPool(dsn) as pool, pool.acquire() as conn:",
-    "a transaction": "with SyncPool(dsn) as pool, pool.transaction() as conn:",
+    "a transaction": "with SyncPool(dsn) as pool, pool.acquire() as conn, conn.transaction():",
 }
 
 
