@@ -332,12 +332,23 @@ class SyncPool(Generic[C]):
 
         Raises TypeError or ValueError for impossible sizes.
         """
-        self._pool.resize(min_size, max_size)
+
+        async def resize() -> None:
+            self._pool.resize(min_size, max_size)
+
+        if self._pool._runner is None:
+            self._pool.resize(min_size, max_size)
+        else:
+            self._in_loop(resize)
 
     def drain(self) -> None:
         """Replace every connection: idle ones at once, those in use when given back. Raises PoolClosed."""
+
+        async def drain() -> None:
+            self._pool.drain()
+
         self._open_runner()
-        self._pool.drain()
+        self._in_loop(drain)
 
     def check(self) -> None:
         """Ping every idle connection, and close those that do not answer within `check_timeout`."""
