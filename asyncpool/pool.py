@@ -137,7 +137,8 @@ class Pool(Generic[C]):
             await asyncio.wait((runner.opening,), timeout=limit or None)
             if not runner.opening.done():
                 raise PoolTimeout(
-                    f"{self.name}: not {runner.machine.min_size} connections within {limit:g} s; {runner.describe()}"
+                    f"{self.name}: min_size={runner.machine.min_size} was not connected within {limit:g} s;"
+                    f" {runner.describe()}"
                 ) from runner.last_connect_error
             if error := runner.opening.exception():
                 raise error

@@ -50,8 +50,9 @@ BlockingConninfo = str | Callable[[], str]
 class _LoopPool(Pool[Any]):
     """The pool in the background loop."""
 
-    _runner: BlockingRunner | None
-    _runner_class: type[BlockingRunner] = BlockingRunner
+    # Narrower than the base's; nothing else is ever put there.
+    _runner: BlockingRunner | None  # pyright: ignore[reportIncompatibleVariableOverride]  # see above
+    _runner_class: type[BlockingRunner] = BlockingRunner  # pyright: ignore[reportIncompatibleVariableOverride]  # too
     _driver_class = BlockingDriver
     _class_name = "SyncPool"
     _warns_at_exit = False  # a script may end without closing
@@ -284,6 +285,7 @@ class SyncPool(Generic[C]):
                 self._forget_key(connection)
             if close:
                 leases.discard_lease(pooled, CloseReason.DISCARDED)
+                session.sever()  # at once, so that it is closed for its former user too
             elif not leases.give_back_clean(pooled):
                 leases.end_lease(pooled)
         except Exception:

@@ -139,6 +139,8 @@ class Acquisition(Generic[C]):
             if leases.give_back_clean(connection):
                 return leases.finished
         elif session.lease != SEVERED:
+            if exc_type is None:
+                check_not_undone(leases.name, session, self._lease)
             return leases.finished  # it was given back inside the block
         if exc_type is not None:
             leases.end_lease(connection, after_block=True)
@@ -153,6 +155,15 @@ class Acquisition(Generic[C]):
         finally:
             if session.lease in (self._lease, SEVERED):
                 self._runner.leases.end_lease(connection, after_block=True)
+
+
+def check_not_undone(name: str, session: Session, lease: int) -> None:
+    """Raise PoolError if a block that ends normally gave its connection back with a transaction open."""
+    if session.undone_lease == lease:
+        raise PoolError(
+            f"{name}: the block's connection was given back inside of it, by close() or by hand, with a transaction"
+            " open, which is rolled back: leave that to the end of the block, which commits"
+        )
 
 
 def has_to_commit(name: str, connection: Leased) -> bool:

@@ -22,7 +22,7 @@ from .._core.states import SlotState
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError
 from ..events import CloseReason
-from .acquisition import Default, has_to_commit
+from .acquisition import Default, check_not_undone, has_to_commit
 from .driver import Driver
 from .leases import LEASED, Leases
 from .locked_machine import LockedMachine, ThreadWaiter
@@ -257,6 +257,8 @@ class BlockingAcquisition(Generic[C]):
             if leases.give_back_clean(connection):
                 return
         elif session.lease != SEVERED:
+            if is_normal:
+                check_not_undone(leases.name, session, self._number)
             return  # it was given back inside the block
         try:
             if is_normal and has_to_commit(leases.name, connection):

@@ -38,7 +38,7 @@ UNUSABLE = {
 class _Retired:
     """In place of a session, for a connection object that has none yet, or none any more."""
 
-    lease = NOT_LEASED
+    lease = undone_lease = NOT_LEASED
     touched = False
     reader = None
 

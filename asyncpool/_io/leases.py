@@ -100,10 +100,12 @@ class Leases:
         if self.give_back_clean(connection):
             return
         session = connection._session
-        severed = session.lease == SEVERED
+        lease = session.lease
         session.lease = NOT_LEASED
-        if severed:
+        if lease == SEVERED:
             return  # by close(), which sees to the rest
+        if session.pgconn.transaction_status in _TRANSACTION and not after_block:
+            session.undone_lease = lease
         session.connection = connection
         now = monotonic()
         if session.held_warned:

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from types import CodeType
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from .._core.effects import NO_EFFECTS, Effect, Effects, Refusal, Refuse
 from .._core.machine import PoolMachine
@@ -237,23 +237,25 @@ class LockedMachine(PoolMachine):
         return PoolMachine.discard(self, slot, reason, now) if slot.state is LEASED else NO_EFFECTS
 
     enqueue_unless_exhausted = _locked(_enqueue_unless_exhausted)
-    give_back = _locked(_give_back)
-    recycle = _locked(_recycle)
-    discard = _locked(_discard)
-    enqueue = _locked(PoolMachine.enqueue)
-    withdraw = _locked(PoolMachine.withdraw)
-    connected = _locked(PoolMachine.connected)
-    connect_failed = _locked(PoolMachine.connect_failed)
-    check_passed = _locked(PoolMachine.check_passed)
-    check_failed = _locked(PoolMachine.check_failed)
-    recycled = _locked(PoolMachine.recycled)
-    recycle_failed = _locked(PoolMachine.recycle_failed)
-    closed = _locked(PoolMachine.closed)
-    disconnected = _locked(PoolMachine.disconnected)
-    wake = _locked(PoolMachine.wake)
-    open = _locked(PoolMachine.open)
-    close = _locked(PoolMachine.close)
-    sever = _locked(PoolMachine.sever)
-    resize = _locked(PoolMachine.resize)
-    drain = _locked(PoolMachine.drain)
-    check = _locked(PoolMachine.check)
+
+    if not TYPE_CHECKING:  # their signatures are PoolMachine's
+        give_back = _locked(_give_back)
+        recycle = _locked(_recycle)
+        discard = _locked(_discard)
+        enqueue = _locked(PoolMachine.enqueue)
+        withdraw = _locked(PoolMachine.withdraw)
+        connected = _locked(PoolMachine.connected)
+        connect_failed = _locked(PoolMachine.connect_failed)
+        check_passed = _locked(PoolMachine.check_passed)
+        check_failed = _locked(PoolMachine.check_failed)
+        recycled = _locked(PoolMachine.recycled)
+        recycle_failed = _locked(PoolMachine.recycle_failed)
+        closed = _locked(PoolMachine.closed)
+        disconnected = _locked(PoolMachine.disconnected)
+        wake = _locked(PoolMachine.wake)
+        open = _locked(PoolMachine.open)
+        close = _locked(PoolMachine.close)
+        sever = _locked(PoolMachine.sever)
+        resize = _locked(PoolMachine.resize)
+        drain = _locked(PoolMachine.drain)
+        check = _locked(PoolMachine.check)

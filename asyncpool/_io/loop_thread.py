@@ -28,6 +28,7 @@ class LoopThread:
         # A selector of ours, so that a forked child can be separated from the parent's.
         self._selector = selectors.DefaultSelector()
         self.loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop(self._selector)
+        self.loop.set_debug(False)  # with -X dev it would tell the user's stderr how long our callbacks take
         self._holders = 0
         self._forks = 0  # under way: for so long the thread stands still
         self._start()

@@ -80,6 +80,7 @@ class Session:
         "slot",
         "stack",
         "touched",
+        "undone_lease",
     )
 
     def __init__(
@@ -102,6 +103,7 @@ class Session:
         self.ending: socket.socket | None = None  # after `sever`: the server's end of the session comes here
         self.ending_limit: asyncio.TimerHandle | None = None  # severs if a cancelled statement does not end
         self.cancel: PGcancelConn | None = None  # and by this it is asked to stop working for it
+        self.undone_lease = NOT_LEASED  # the last one that was ended by hand with a transaction open
         self.lease = NOT_LEASED  # the number of the current lease
         self.prepared = 0  # how many statements psycopg had prepared when the last lease ended
         self.touched = False  # whether anything may have changed in the current lease, on the server or here
@@ -142,12 +144,15 @@ class Session:
             deadline = self.reader.loop.time() + self.cancel_timeout
             request = self._start_cancel()
             ended = self.reader.resume(generator) if generator is not None else None
-            if ended is None or await self._await_until(ended, deadline):
+            in_time = ended is None or await self._await_until(ended, deadline)
+            if in_time:
                 await self._drop_results(deadline)
             # The server may act on the request until it has closed its connection: then it would hit what the
             # next user does.
             requested = await self._await_until(request, deadline) and request.result()
-            if not requested or self.pgconn.transaction_status == ACTIVE:
+            # What a pipeline has left is read when psycopg ends that.
+            ended_whole = self.pgconn.transaction_status != ACTIVE or self.pgconn.pipeline_status
+            if not (requested and in_time and ended_whole):
                 self.sever()
 
     async def cancel_statement(self) -> None:

@@ -29,6 +29,8 @@ from psycopg import (
     Timestamp,
     TimestampFromTicks,
     Warning,  # noqa: A004  # PEP 249 calls it so
+    errors,
+    sql,
 )
 
 from . import pool
@@ -63,7 +65,18 @@ __all__ = [
     "Warning",
     "apilevel",
     "connect",
+    "errors",
     "paramstyle",
     "pool",
+    "sql",
     "threadsafety",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("extras", "extensions"):
+        raise AttributeError(
+            f"{__name__} has no {name}: for rows as dictionaries give row_factory=psycopg.rows.dict_row, for much data"
+            " use cursor.executemany() or cursor.copy()"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

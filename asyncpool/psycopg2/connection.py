@@ -96,6 +96,10 @@ class LegacyCursor(ClientCursor[Any]):
         """How many rows the last `execute` or `executemany` has changed or found."""
         return super().rowcount if self._total is None else self._total
 
+    def mogrify(self, query: Any, params: Any = None) -> bytes:  # type: ignore[override]  # psycopg2's returns bytes
+        """The query with the values in it."""
+        return super().mogrify(query, params).encode(self.connection.info.encoding)
+
     def execute(self, *args: Any, **kwargs: Any) -> Self:
         self._total = None
         super().execute(*args, **kwargs)

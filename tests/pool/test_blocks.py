@@ -223,20 +223,17 @@ async def test_entering_the_connection_itself_commits_and_the_lease_goes_on(dsn:
         assert pool.stats().connects == 1
 
 
-async def test_closing_the_connection_inside_the_block_returns_it_and_rolls_back(
-    dsn: str, admin: Admin, table: str
-) -> None:
-    async with Pool(dsn, max_size=1) as pool:
+async def test_closing_the_connection_inside_the_block_returns_it_for_good(dsn: str) -> None:
+    async with Pool(dsn, max_size=1, autocommit=True) as pool:
         async with pool.acquire() as conn:
             pid = conn.info.backend_pid
-            await insert(conn, table, 1)
+            await conn.execute("select 1")
             await conn.close()
             await conn.close()
             assert pool.stats().leased == 0
             with pytest.raises(PoolError, match="released"):
                 await conn.execute("select 1")
         assert await server_process(pool) == pid
-        assert stored(admin, table) == []
 
 
 async def test_a_connection_released_inside_its_block_is_left_to_its_next_user(
@@ -355,3 +352,19 @@ async def test_a_stream_that_was_closed_half_way_keeps_connection_and_transactio
             await insert(conn, table, 2)
         assert await server_process(pool) == pid
         assert stored(admin, table) == [1, 2]
+
+
+@pytest.mark.parametrize("give_back", ["close", "release"])
+async def test_a_block_whose_connection_was_given_back_with_a_transaction_open_says_that_it_is_undone(
+    dsn: str, admin: Admin, table: str, give_back: str
+) -> None:
+    async with Pool(dsn, max_size=1) as pool:
+        with pytest.raises(PoolError, match="given back inside of it"):
+            async with pool.acquire() as conn:
+                await insert(conn, table, 1)
+                await (conn.close() if give_back == "close" else pool.release(conn))
+        async with pool.acquire() as conn:
+            await insert(conn, table, 2)
+            await conn.commit()
+            await conn.close()
+        assert stored(admin, table) == [2]

@@ -256,3 +256,18 @@ def test_what_the_commit_of_a_transaction_block_raises_passes(dsn: str, admin: A
             insert(conn, table)
         assert rows(admin, table) == []
         assert_unharmed(pool)
+
+
+@pytest.mark.parametrize("give_back", ["close", "putconn"])
+def test_a_block_whose_connection_was_given_back_with_a_transaction_open_says_that_it_is_undone(
+    dsn: str, admin: Admin, table: str, give_back: str
+) -> None:
+    with SyncPool(dsn, max_size=1) as pool:
+        with pytest.raises(PoolError, match="given back inside of it"), pool.acquire() as conn:
+            insert(conn, table)
+            conn.close() if give_back == "close" else pool.putconn(conn)
+        with pool.acquire() as conn:
+            insert(conn, table)
+            conn.commit()
+            conn.close()
+        assert rows(admin, table) == [1]

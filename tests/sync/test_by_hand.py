@@ -327,3 +327,11 @@ def test_a_thread_for_each_key_keeps_its_connection(dsn: str) -> None:
             running.result()
         assert pool.stats().leased == 0
         assert_unharmed(pool)
+
+
+def test_a_connection_put_back_to_be_closed_is_closed_at_once(dsn: str) -> None:
+    with SyncPool(dsn, max_size=1) as pool:
+        for _ in range(20):
+            conn = pool.getconn()
+            pool.putconn(conn, close=True)
+            assert conn.closed

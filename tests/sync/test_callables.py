@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from kit.threads import in_thread
 from kit.waiting import eventually_blocking
-from psycopg.rows import dict_row
+from psycopg.rows import dict_row, tuple_row
 
 from asyncpool import CloseReason, PoolError, SyncPool
 
@@ -170,8 +170,8 @@ def test_a_callable_that_hangs_stalls_nobody_else(dsn: str, role: str, harm: Cal
     with SyncPool(dsn, min_size=0, max_size=1) as other:
         pool = SyncPool(dsn, min_size=0, max_size=1, check_timeout=0.7, **options)
         pool.open()
+        running = in_thread(lambda: assert_works(pool))
         try:
-            running = in_thread(lambda: assert_works(pool))
             eventually_blocking(lambda: pool.stats().size == 1)
             for _ in range(5):
                 began = time.monotonic()
@@ -214,7 +214,7 @@ def test_what_configure_sets_is_the_baseline(dsn: str) -> None:
                 row: Any = conn.execute("show work_mem").fetchone()
                 assert row == {"work_mem": "55MB"}
                 conn.autocommit = False
-                conn.row_factory = psycopg.rows.tuple_row
+                conn.row_factory = tuple_row
         assert pool.stats().connects == 1
 
 

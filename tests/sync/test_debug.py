@@ -101,7 +101,8 @@ def test_a_lease_that_a_thread_left_behind_comes_back(dsn: str) -> None:
         pids: list[int] = []
 
         def leave() -> None:
-            pids.append(acquire_somewhere(pool).info.backend_pid)
+            conn = acquire_somewhere(pool)
+            pids.append(conn.info.backend_pid)
 
         with drop_reported("acquire_somewhere"):
             thread = threading.Thread(target=leave)
