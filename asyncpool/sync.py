@@ -20,7 +20,7 @@ from ._core.states import PoolPhase
 from ._io.acquisition import DEFAULT, Default
 from ._io.blocking import BlockingAcquisition, BlockingRunner, DropInRunner, Timeout, check_not_finalizing
 from ._io.blocking_driver import BlockingDriver
-from ._io.connection import UNUSABLE
+from ._io.connection import RELEASED, UNUSABLE
 from ._io.leases import Leases, logger
 from ._io.loop_thread import LoopThread
 from ._io.session import IDLE, NOT_LEASED, SEVERED
@@ -146,8 +146,11 @@ class SyncPool(Generic[C]):
         check_timeout("timeout", timeout)
         self._forked = False
         runner = self._pool._runner
-        at_work = runner is not None and runner.machine.phase is not PoolPhase.CLOSED
-        if at_work and not sys.is_finalizing():  # then the process closes what is open
+        if runner is None or runner.machine.phase is PoolPhase.CLOSED or sys.is_finalizing():
+            pass  # at the interpreter's end the process closes what is open
+        elif _get_running_loop() is runner.loop:
+            runner.close()  # in a finalizer or a log handler: it goes on by itself
+        else:
             self._in_loop(lambda: self._pool.close(timeout))
         self._keyed.clear()
 
@@ -235,20 +238,25 @@ class SyncPool(Generic[C]):
     def _lease_for(self, key: Hashable, timeout: Timeout, code: CodeType, offset: int) -> C:
         if key is None:
             return self._lease(timeout, code, offset)  # type: ignore[no-any-return]  # a C
+        seconds = self._pool._config.acquire_timeout if isinstance(timeout, Default) else timeout
+        deadline = monotonic() + seconds if isinstance(seconds, (int, float)) else None
         while True:
             with self._keys_lock:
                 keyed = self._keyed.setdefault(key, _KeyedLease())
-            seconds = -1 if timeout is None or not isinstance(timeout, (int, float)) else timeout
-            if not keyed.lock.acquire(timeout=seconds):
+            if not keyed.lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - monotonic())):
                 raise PoolTimeout(f"{self.name}: another thread is still waiting for the connection of key {key!r}")
             try:
                 if self._keyed.get(key) is not keyed:
                     continue  # its connection was put back meanwhile
                 if not keyed.is_leased:
+                    if deadline is not None:
+                        timeout = max(0.0, deadline - monotonic())
                     keyed.connection = self._lease(timeout, code, offset)
                     keyed.lease = keyed.connection._session.lease
                 return keyed.connection  # type: ignore[no-any-return]  # a C
             finally:
+                if not keyed.is_leased:
+                    self._keyed.pop(key, None)
                 keyed.lock.release()
 
     def _lease(self, timeout: Timeout, code: CodeType, offset: int) -> Any:
@@ -271,16 +279,19 @@ class SyncPool(Generic[C]):
             session, leases = pooled._session, pooled._pool
         except AttributeError:
             raise PoolError(f"{self.name}: this connection is not of this pool: {connection!r}") from None
-        if runner is None or leases is not runner.leases or session.lease <= NOT_LEASED:
+        lease = session.lease
+        if runner is None or leases is not runner.leases or lease <= NOT_LEASED:
             self._check_severed(pooled, leases)
         try:
             if (
                 not (session.touched or close or self._keyed)
                 and session.pgconn.transaction_status == IDLE
                 and runner is not None
-                and runner.machine.take_back(pooled, session, monotonic())
+                and runner.machine.take_back(pooled, session, lease, monotonic())
             ):
                 return
+            if session.lease != lease:
+                raise PoolError(f"{self.name}: {RELEASED}")
             if self._keyed:
                 self._forget_key(connection)
             if close:
@@ -291,15 +302,15 @@ class SyncPool(Generic[C]):
         except Exception:
             raise
         except BaseException:
-            self._finish_interrupted(connection)
+            self._finish_interrupted(connection, lease)
             raise
 
-    def _finish_interrupted(self, connection: C) -> None:
+    def _finish_interrupted(self, connection: C, lease: int) -> None:
         """Ctrl-C has struck while a connection was being given back: that is done all the same."""
         runner = self._pool._runner
         pooled: Any = connection
         if runner is not None and pooled._pool is runner.leases:
-            runner.finish_interrupted(pooled)
+            runner.finish_interrupted(pooled, lease)
 
     def _check_severed(self, connection: Any, leases: object) -> None:
         """Raise PoolError unless this connection is one that was leased when the pool was closed."""

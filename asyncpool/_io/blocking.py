@@ -26,10 +26,10 @@ from .acquisition import Default, check_not_undone, has_to_commit
 from .driver import Driver
 from .leases import LEASED, Leases
 from .locked_machine import LockedMachine, ThreadWaiter
-from .loop_thread import LoopThread
+from .loop_thread import OWN_THREAD, LoopThread
 from .reader import socket_of
 from .runner import Runner
-from .session import FORKED, NOT_LEASED, SEVERED, Session
+from .session import FORKED, SEVERED, Session
 from .watch import peer_has_closed
 
 C = TypeVar("C", bound=Connection[Any])
@@ -96,19 +96,24 @@ class BlockingRunner(Runner):
 
     def _start_what_was_lost(self) -> None:
         """Ctrl-C may have swallowed effects: what is in a state of work without a task gets one."""
-        self._perform_kept()
-        for slot in self.machine.slots():
-            if slot not in self._tasks and slot.state in _WORK:
-                super().perform((_WORK[slot.state](slot),))
+        kept = self.machine.for_loop
+        with self.machine.lock:  # so that nobody is between a decision and its effect
+            effects = [kept.popleft() for _ in range(len(kept))]
+            to_start = self._tasks.keys() | {getattr(effect, "slot", None) for effect in effects}
+            lost = [slot for slot in self.machine.slots() if slot not in to_start and slot.state in _WORK]
+        super().perform((*effects, *(_WORK[slot.state](slot) for slot in lost if slot.state in _WORK)))
         self.perform(self.machine.wake(monotonic()))
 
-    def finish_interrupted(self, connection: Any) -> None:
-        """Ctrl-C has struck while a lease was being ended: end it."""
+    def finish_interrupted(self, connection: Any, lease: int) -> None:
+        """Ctrl-C has struck while this lease was being ended: end it, if that is still to be done."""
         session: Session = connection._session
         slot: Slot = session.slot  # type: ignore[assignment]  # it has had one since its first lease
-        if session.lease > NOT_LEASED:
+        with self.machine.lock:
+            is_mine = slot.uses == lease and slot.state is LEASED and session.granted_to is None
+            is_given_back = session.connection is connection
+        if is_mine and session.lease == lease:
             self.leases.end_lease(connection, after_block=True)
-        elif slot.state is LEASED and session.connection is connection and session.granted_to is None:
+        elif is_mine and is_given_back:
             self.perform(self.machine.recycle(slot, monotonic()))
         self._in_loop(self._start_what_was_lost)
 
@@ -171,6 +176,8 @@ class BlockingRunner(Runner):
 
     def _wait_for_one(self, began: float, timeout: Timeout) -> Any:
         check_not_finalizing(self.config.name)
+        if asyncio._get_running_loop() is self.loop:
+            raise PoolError(f"{self.config.name}: {OWN_THREAD}")
         seconds = timeout if timeout is None or isinstance(timeout, (int, float)) else self.config.acquire_timeout
         deadline = NEVER if seconds is None else began + seconds
         now = began
@@ -183,13 +190,12 @@ class BlockingRunner(Runner):
                     effects = self.machine.enqueue(waiter, now)
                 self.perform(effects)
                 waiter.wait()
+                connection = self.machine.lend_granted(waiter.slot) if waiter.slot is not None else None
             except BaseException:
                 self.perform(self.machine.withdraw(waiter, monotonic()))
                 raise
             if waiter.refusal is not None:
                 raise self._refusal(waiter.refusal, waiter.began)
-            assert waiter.slot is not None
-            connection = self.machine.lend_granted(waiter.slot)
             if connection is None:
                 raise PoolClosed(f"{self.config.name} is closed")  # between the grant and now
             if not self._has_ended(connection):
@@ -230,7 +236,7 @@ class BlockingAcquisition(Generic[C]):
 
     __slots__ = ("_connection", "_finish_interrupted", "_lease", "_number")
 
-    def __init__(self, lease: Callable[[], C], finish_interrupted: Callable[[C], None]) -> None:
+    def __init__(self, lease: Callable[[], C], finish_interrupted: Callable[[C, int], None]) -> None:
         self._lease = lease
         self._finish_interrupted = finish_interrupted
 
@@ -249,7 +255,7 @@ class BlockingAcquisition(Generic[C]):
         except Exception:
             raise
         except BaseException:
-            self._finish_interrupted(connection)
+            self._finish_interrupted(connection, self._number)
             raise
 
     def _end(self, connection: Any, session: Session, leases: Leases, *, is_normal: bool) -> None:

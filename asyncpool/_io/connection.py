@@ -188,6 +188,11 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
             if session.lease in UNUSABLE:  # whoever severs looks at these two in the other order
                 raise PoolError(UNUSABLE[session.lease])
             return super().wait(gen, interval, timeout)
+        except Exception:
+            raise
+        except BaseException:
+            session.drop_results_in_thread()
+            raise
         finally:
             if session.lease in UNUSABLE:
                 session.sever_in_thread()
@@ -212,7 +217,8 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
             if leases.close_returns:
                 leases.end_lease(self)
             else:
-                session.sever()
+                with self.lock:  # another thread may be in the midst of a statement
+                    session.sever()
 
 
 # By these psycopg ends a block that was left.

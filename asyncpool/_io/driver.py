@@ -467,7 +467,8 @@ def check_nothing_open(callback: Callable[[Any], object], connection: Leased) ->
 async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
     """Run a blocking function where it cannot hold up the interpreter's exit, as an executor's thread would.
 
-    A cancellation leaves the thread behind; it ends when the function does.
+    Raises what it raises; what would end the event loop in its place, as SystemExit does, becomes a RuntimeError. A
+    cancellation leaves the thread behind; it ends when the function does.
     """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
@@ -481,11 +482,15 @@ async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
             answer.set_result(result)  # type: ignore[arg-type]  # a T where there is no error
 
     def run() -> None:
-        result, error = None, None
+        result: T | None = None
+        error: BaseException | None = None
         try:
             result = function()
         except BaseException as ex:
             error = ex
+            if isinstance(ex, StopIteration) or not isinstance(ex, Exception):
+                error = RuntimeError(f"{type(ex).__name__}: {ex}")
+                error.__cause__ = ex
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
             loop.call_soon_threadsafe(deliver, result, error)
 

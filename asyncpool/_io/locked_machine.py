@@ -101,7 +101,8 @@ class LockedMachine(PoolMachine):
         """Put every slot where its state says; a connection that was about to be lent is idle again."""
         if isinstance(ex, Exception):
             return  # no interruption
-        self._effects.clear()
+        self._divide(self._effects)
+        self._effects = []
         for slot in self._slots:
             session = slot.resource
             if slot.state in (IDLE, LEASED) and isinstance(session, Session):
@@ -165,8 +166,8 @@ class LockedMachine(PoolMachine):
             except RuntimeError:
                 pass  # Ctrl-C came before it was acquired
 
-    def take_back(self, connection: Any, session: Session, now: float) -> bool:
-        """End the lease of a clean connection. False, and nothing done, if there is more to it: see `give_back`."""
+    def take_back(self, connection: Any, session: Session, lease: int, now: float) -> bool:
+        """End that lease of a clean connection. False, and nothing done, if there is more to it: see `give_back`."""
         try:
             self.lock.acquire()  # as in `lend`
             slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased
@@ -174,10 +175,12 @@ class LockedMachine(PoolMachine):
             fresh_until = answered_at + self._check_interval
             if (
                 slot.state is not LEASED
+                or session.lease != lease  # somebody else has given it back in this instant
                 or now >= slot.retires_at
                 or now >= slot.expires_at
                 or now >= fresh_until
                 or fresh_until < self._wake_at
+                or slot.retires_at < self._wake_at
                 or len(self._slots) > self.max_size
                 or session.held_warned
             ):
@@ -222,6 +225,12 @@ class LockedMachine(PoolMachine):
             return (Refuse(waiter, Refusal.TOO_MANY_WAITING),)
         return self.enqueue(waiter, now)
 
+    def _withdraw(self: PoolMachine, waiter: Waiter, now: float) -> Effects:
+        """The caller is gone."""
+        if waiter.slot is not None and isinstance(waiter.slot.resource, Session):
+            waiter.slot.resource.granted_to = None
+        return PoolMachine.withdraw(self, waiter, now)
+
     # A lease that ends in its thread may have been severed by close() in that instant.
 
     def _give_back(self: PoolMachine, slot: Slot, answered_at: float, now: float) -> Effects:
@@ -243,7 +252,7 @@ class LockedMachine(PoolMachine):
         recycle = _locked(_recycle)
         discard = _locked(_discard)
         enqueue = _locked(PoolMachine.enqueue)
-        withdraw = _locked(PoolMachine.withdraw)
+        withdraw = _locked(_withdraw)
         connected = _locked(PoolMachine.connected)
         connect_failed = _locked(PoolMachine.connect_failed)
         check_passed = _locked(PoolMachine.check_passed)

@@ -12,7 +12,11 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from ..errors import PoolError
+
 T = TypeVar("T")
+
+OWN_THREAD = "a SyncPool cannot be waited for in the thread of its own event loop, from a finalizer or a log handler"
 
 # How long the end of the loop's thread is waited for, in seconds: a callback never takes as long.
 STOP_TIMEOUT = 1.0
@@ -71,13 +75,23 @@ class LoopThread:
             self._thread.join(STOP_TIMEOUT)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the loop and wait for it. Ctrl-C cancels it and is raised at once."""
+        """Run a coroutine in the loop and wait for it. Ctrl-C cancels it and is raised at once.
+
+        Raises PoolError in the loop's own thread, where finalizers and log handlers may run: it would wait for itself.
+        """
+        if self.is_current():
+            work.close()
+            raise PoolError(OWN_THREAD)
         answer = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return answer.result()
         except BaseException:
             answer.cancel()
             raise
+
+    def is_current(self) -> bool:
+        """Whether the caller is in the loop's own thread."""
+        return threading.current_thread() is self._thread
 
     # --- fork -----------------------------------------------------------------------------------------------
 

@@ -206,6 +206,12 @@ class Session:
             if not await self._await_until(reading, deadline):
                 reading.cancel()
 
+    def drop_results_in_thread(self) -> None:
+        """The same after Ctrl-C: psycopg has cancelled the statement and read the error, not what follows it."""
+        if self.pgconn.transaction_status == ACTIVE and not self.pgconn.pipeline_status:
+            with contextlib.suppress(e.Error):  # lost, or not in time: then it comes back in the middle of something
+                waiting.wait(_read_to_the_end(self.pgconn), self.pgconn.socket, timeout=self.cancel_timeout)
+
     async def _await_until(self, future: asyncio.Future[Any], deadline: float) -> bool:
         """Wait for a future until the loop's time `deadline`, cancelled or not. Its result is not looked at."""
         while not future.done():

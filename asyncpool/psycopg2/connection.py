@@ -133,6 +133,7 @@ class LegacyConnection(psycopg.Connection[Any]):
     psycopg2.
     """
 
+    _in_block = False
     _was_autocommit = False  # before the `with` block
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -141,6 +142,9 @@ class LegacyConnection(psycopg.Connection[Any]):
         self.server_cursor_factory = LegacyServerCursor
 
     def __enter__(self) -> Self:
+        if self._in_block:
+            raise psycopg.ProgrammingError("the connection cannot be re-entered recursively")
+        self._in_block = True
         self._was_autocommit = self.autocommit and self.info.transaction_status == TransactionStatus.IDLE
         if self._was_autocommit:
             self.autocommit = False
@@ -156,6 +160,7 @@ class LegacyConnection(psycopg.Connection[Any]):
                 with contextlib.suppress(psycopg.Error):  # lost: the error that led here is the one to see
                     self.rollback()
         finally:
+            self._in_block = False
             if self._was_autocommit and self.info.transaction_status == TransactionStatus.IDLE:
                 self.autocommit = True
 

@@ -104,9 +104,9 @@ async def test_closing_a_connection_in_the_middle_of_something_closes_it_for_goo
     dsn: str, unfinished: AsyncExitStack, leftover: Leftover
 ) -> None:
     async with Pool(dsn, max_size=1) as pool:
+        pid = await server_process(pool)
         with suppress(PoolError):  # where there was a transaction, the block says that it is undone
             async with pool.acquire() as conn:
-                pid = conn.info.backend_pid
                 await leftover.leave(conn, unfinished)
                 await conn.close()
         await assert_replaced(pool, pid)

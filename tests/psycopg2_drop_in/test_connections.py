@@ -183,3 +183,13 @@ def test_the_pool_is_an_attribute_after_either_import(line: str) -> None:
     script = f"{line}\nprint(psycopg2.pool.ThreadedConnectionPool.__name__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("ThreadedConnectionPool\n", "")
+
+
+def test_with_conn_cannot_be_entered_twice(dsn: str) -> None:
+    pool = ThreadedConnectionPool(1, 1, dsn)
+    conn = pool.getconn()
+    conn.autocommit = True
+    with conn, pytest.raises(psycopg.ProgrammingError, match="recursively"), conn:
+        pass
+    assert conn.autocommit
+    pool.closeall()

@@ -377,3 +377,15 @@ def test_closing_the_pool_does_not_wait_for_a_callable_that_hangs(dsn: str) -> N
     began = time.monotonic()
     pool.close()
     assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize("error", [SystemExit("bad"), KeyboardInterrupt(), StopIteration(1)], ids=repr)
+def test_a_callable_that_raises_what_would_end_the_event_loop_does_not(dsn: str, error: BaseException) -> None:
+    def configure(_: Connection) -> None:
+        raise error
+
+    with SyncPool(dsn, max_size=1) as other:
+        with pytest.raises(RuntimeError, match=type(error).__name__):
+            SyncPool(dsn, configure=configure).open(timeout=10)
+        other.check()
+        assert_unharmed(other)

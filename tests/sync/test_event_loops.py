@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from kit.threads import in_threads
 from kit.waiting import eventually, eventually_blocking
 
-from asyncpool import Pool, SyncPool
+from asyncpool import Pool, PoolError, SyncPool
 
 from .pools import Connection, assert_unharmed, first_value, loop_threads, warnings_of
 
@@ -172,3 +173,31 @@ def test_a_connection_may_go_from_thread_to_thread(dsn: str) -> None:
         [giving] = in_threads(1, lambda: pool.putconn(conn))
         giving.result()
         assert_unharmed(pool)
+
+
+def test_a_log_handler_that_uses_the_pool_in_the_loops_own_thread_gets_an_error_and_no_deadlock(dsn: str) -> None:
+    errors: list[BaseException] = []
+
+    class Writing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "longer than long_held_after" in record.getMessage():
+                for use in (pool.getconn, pool.check, pool.close):
+                    try:
+                        use()
+                    except PoolError as error:
+                        errors.append(error)
+
+    handler = Writing()
+    logger = logging.getLogger("asyncpool")
+    logger.addHandler(handler)
+    try:
+        pool = SyncPool(dsn, max_size=1, long_held_after=0.02)
+        pool.open()
+        conn = pool.getconn()
+        eventually_blocking(lambda: len(errors) == 2)
+        assert all("own event loop" in str(error) for error in errors)
+        pool.putconn(conn)
+        eventually_blocking(lambda: pool.stats().size == 0)
+    finally:
+        logger.removeHandler(handler)
+        pool.close()

@@ -310,3 +310,12 @@ def test_the_pool_may_be_looked_at_while_threads_work_on_it(dsn: str) -> None:
         for running in workers:
             running.result()
         assert_unharmed(pool)
+
+
+def test_max_lifetime_holds_on_a_timer_also_without_pings(dsn: str) -> None:
+    with SyncPool(dsn, max_size=1, max_lifetime=0.5, check_interval=None, max_idle=None) as pool:
+        conn = pool.getconn()
+        with pytest.raises(PoolTimeout):
+            pool.getconn(timeout=0.05)  # its wake-up is the next one, and passes
+        pool.putconn(conn)
+        eventually_blocking(lambda: pool.stats().closes.get(CloseReason.MAX_LIFETIME, 0) >= 1, timeout=10)
