@@ -190,8 +190,8 @@ def test_a_log_handler_that_uses_the_pool_in_the_loops_own_thread_gets_an_error_
     handler = Writing()
     logger = logging.getLogger("asyncpool")
     logger.addHandler(handler)
+    pool = SyncPool(dsn, max_size=1, long_held_after=0.02)
     try:
-        pool = SyncPool(dsn, max_size=1, long_held_after=0.02)
         pool.open()
         conn = pool.getconn()
         eventually_blocking(lambda: len(errors) == 2)
