@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from kit.waiting import eventually_blocking
 from psycopg.rows import dict_row
 
 import asyncpool.psycopg2 as psycopg2
@@ -149,7 +150,7 @@ def test_a_connection_of_no_pool_is_closed_once_and_for_all(dsn: str, admin: Adm
     assert conn.closed == 0
     conn.close()
     assert conn.closed
-    assert admin.sessions(application_name) == 0
+    eventually_blocking(lambda: admin.sessions(application_name) == 0)
 
 
 def test_one_handler_for_all_errors_of_the_database_works_under_the_modules_old_name(dsn: str) -> None:
