@@ -290,13 +290,12 @@ class SyncPool(Generic[C]):
                 and runner.machine.take_back(pooled, session, lease, monotonic())
             ):
                 return
-            if session.lease != lease:
+            if session.lease not in (lease, SEVERED):
                 raise PoolError(f"{self.name}: {RELEASED}")
             if self._keyed:
                 self._forget_key(connection)
             if close:
                 leases.discard_lease(pooled, CloseReason.DISCARDED)
-                session.sever()  # at once, so that it is closed for its former user too
             elif not leases.give_back_clean(pooled):
                 leases.end_lease(pooled)
         except Exception:

@@ -174,6 +174,8 @@ class Leases:
         if slot.state is LEASED:
             session.connection = connection
             session.touched = False
+            if reason is CloseReason.DISCARDED:
+                session.sever()  # at once, so that it is closed for its former user too
             self._perform(self._machine.discard(slot, reason, monotonic()))
 
     def restore(self, session: Session) -> None:

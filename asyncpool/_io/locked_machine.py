@@ -94,7 +94,7 @@ class LockedMachine(PoolMachine):
 
     def _hand_over(self, slot: Slot, now: float) -> Waiter:
         session: Session = slot.resource  # type: ignore[assignment]  # an object to PoolMachine, which never looks
-        session.granted_to = next(iter(self.waiters))
+        session.granted_to = next(iter(self.waiters)), slot.uses + 1
         return super()._hand_over(slot, now)
 
     def _mend_after(self, ex: BaseException) -> None:
@@ -116,9 +116,10 @@ class LockedMachine(PoolMachine):
         self._on_mended()
 
     def _mend_lease(self, slot: Slot, session: Session) -> None:
-        waiter = session.granted_to
+        waiter, uses = session.granted_to or (None, 0)
         if waiter is not None and waiter not in self.waiters:
             slot.state = LEASED
+            slot.uses = uses
             waiter.slot = slot
             waiter.wake()
             return

@@ -92,7 +92,7 @@ class Session:
         self.shared = shared  # whether its users run their statements in other threads than the event loop's
         # Who ends a session looks at its descriptor, which a thread inside libpq may close in that instant.
         self.guard: AbstractContextManager[object] = threading.Lock() if shared else contextlib.nullcontext()
-        self.granted_to: Any = None  # if shared: the waiter that has not taken it yet
+        self.granted_to: Any = None  # if shared: the waiter that has not taken it yet, and the number of its lease
         self.alive_at = 0.0  # if shared: when its socket was last seen open, or the server heard
         self.in_thread = False  # whether one is inside libpq now: then nobody else may finish the PGconn
         self.cancel_timeout = cancel_timeout
