@@ -9,7 +9,8 @@ from typing import Any
 import anyio
 from psycopg import BaseConnection, Connection
 
-from .driver import Driver, check_nothing_open, in_daemon_thread, name_of
+from .daemon_thread import in_daemon_thread
+from .driver import Driver, check_nothing_open, name_of
 from .session import SEVERED
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import inspect
-import os
 import socket
-import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,8 +24,10 @@ from ..config import PoolConfig
 from ..conninfo import PSYCOPG_OPTIONS, Redactor, needs_lookup, parse
 from ..events import CloseReason
 from .client_state import Baseline
+from .connect_errors import ConnectFailed, attempt_on, failure_of, named, summary
 from .connection import Leased, PooledConnection, describe_unfinished, pooled_class
-from .libpq import set_verbose_errors, split_sqlstate
+from .daemon_thread import in_daemon_thread
+from .libpq import set_verbose_errors
 from .reader import BAD, duplicate, socket_of
 from .session import IDLE, NOT_LEASED, POOLS_OWN, Session, linger
 from .watch import peer_has_closed
@@ -36,14 +35,6 @@ from .watch import peer_has_closed
 T = TypeVar("T")
 
 Conninfo = str | Callable[[], str | Awaitable[str]]
-
-# Wrong credentials (class 28) and unknown database: the server will say the same again.
-_FINAL_CLASS = "28"
-_FINAL_STATES = frozenset({"3D000"})
-# The server is starting, stopping or recovering.
-_REFUSED_STATES = frozenset({"57P03"})
-# Nobody listens: on TCP, and on a Unix socket.
-_REFUSED_ERRNOS = (errno.ECONNREFUSED, errno.ENOENT)
 
 # `"discard"` is all the server offers; it must travel alone and outside a transaction. `"session"` leaves out
 # what is no user's state, cached plans and sequence values, and travels in one message. Session authorization
@@ -58,16 +49,6 @@ _DISCARD = b"DISCARD ALL"
 # How long, in seconds, the end of a failed attempt is waited for when there is another address to try: many round
 # trips to a server that lives, and next to nothing beside the connect_timeout that a dead one has cost already.
 NEXT_HOST_PATIENCE = 0.1
-
-
-class ConnectFailed(Exception):
-    """A connect came to nothing: the error to show, free of secrets, and what it says about the next try."""
-
-    def __init__(self, error: Exception, failure: ConnectFailure, reason: CloseReason | None = None) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.failure = failure
-        self.reason = reason  # why a connection that was there already is closed again
 
 
 class Unusable(Exception):
@@ -154,7 +135,7 @@ class Driver:
             except ConnectFailed as failed:
                 failures.append((attempt, failed))
         else:
-            raise _summary(failures)
+            raise summary(failures)
         return await self._set_up(pgconn)
 
     async def _ask_conninfo(self) -> tuple[ConnDict, Redactor]:
@@ -189,9 +170,9 @@ class Driver:
                 return await in_daemon_thread(lambda: conninfo_attempts(params), "asyncpool: look up a host name")
         except TimeoutError:
             words = f"host name not resolved within {self._connect_timeout:g} s"
-            raise ConnectFailed(_named(e.ConnectionTimeout, words), ConnectFailure.TRANSIENT) from None
+            raise ConnectFailed(named(e.ConnectionTimeout, words), ConnectFailure.TRANSIENT) from None
         except e.Error as error:
-            raise ConnectFailed(_named(OperationalError, redactor.redact(str(error))), _T) from None
+            raise ConnectFailed(named(OperationalError, redactor.redact(str(error))), _T) from None
 
     async def _connect_to(self, attempt: ConnDict, redactor: Redactor, patience: float) -> PGconn:
         """One attempt on one address, within `connect_timeout`; `patience` is for the end of one that failed."""
@@ -204,9 +185,9 @@ class Driver:
                     pgconn.nonblocking = 1
                     set_verbose_errors(pgconn, False)
                     return pgconn
-                raise _failure(pgconn, redactor)
+                raise failure_of(pgconn, redactor)
             words = f"connection timeout expired after {self._connect_timeout:g} s"
-            raise ConnectFailed(_named(e.ConnectionTimeout, _at(attempt, redactor) + words), _T)
+            raise ConnectFailed(named(e.ConnectionTimeout, attempt_on(attempt, redactor) + words), _T)
         except BaseException:
             await self._give_up(pgconn, patience)
             raise
@@ -386,53 +367,6 @@ async def _wait_ready(fd: int, *, reading: bool) -> None:
         remove(fd)
 
 
-def _failure(pgconn: PGconn, redactor: Redactor) -> ConnectFailed:
-    sqlstate, words = split_sqlstate(pgconn.get_error_message())
-    error_class: type[Exception] = OperationalError
-    if sqlstate is not None:
-        with contextlib.suppress(KeyError):
-            error_class = e.lookup(sqlstate)
-        if not issubclass(error_class, OperationalError):
-            error_class = OperationalError
-    return ConnectFailed(
-        _named(error_class, f"connection failed: {redactor.redact(words)}"), _classify(sqlstate, words)
-    )
-
-
-def _classify(sqlstate: str | None, words: str) -> ConnectFailure:
-    if sqlstate is not None:
-        if sqlstate.startswith(_FINAL_CLASS) or sqlstate in _FINAL_STATES:
-            return ConnectFailure.FINAL
-        return ConnectFailure.REFUSED if sqlstate in _REFUSED_STATES else ConnectFailure.TRANSIENT
-    # libpq gives the cause in the words of strerror() only.
-    if any(os.strerror(number) in words for number in _REFUSED_ERRNOS):
-        return ConnectFailure.REFUSED
-    return ConnectFailure.TRANSIENT
-
-
-def _summary(failures: list[tuple[ConnDict, ConnectFailed]]) -> ConnectFailed:
-    """One failure out of those of all addresses. Final only if no host can change its mind."""
-    last = failures[-1][1]
-    if len(failures) == 1:
-        return last
-    kinds = [failed.failure for _, failed in failures]
-    hosts = {attempt.get("host") for attempt, _ in failures}
-    final_hosts = {attempt.get("host") for attempt, failed in failures if failed.failure is ConnectFailure.FINAL}
-    if hosts == final_hosts:
-        kind = ConnectFailure.FINAL
-        shown = next(failed for _, failed in reversed(failures) if failed.failure is ConnectFailure.FINAL)
-    else:
-        kind = ConnectFailure.REFUSED if set(kinds) == {ConnectFailure.REFUSED} else ConnectFailure.TRANSIENT
-        shown = last
-    lines = [str(shown.error), "All attempts failed:", *(f"- {failed.error}" for _, failed in failures)]
-    return ConnectFailed(type(shown.error)("\n".join(lines)), kind)
-
-
-def _at(attempt: ConnDict, redactor: Redactor) -> str:
-    host = attempt.get("hostaddr") or attempt.get("host")
-    return f'connection to "{redactor.redact(str(host))}" failed: ' if host else "connection failed: "
-
-
 def _as_error(what: str, ex: Exception) -> Exception:
     """The user's own error, or one that says what took too long."""
     if isinstance(ex, TimeoutError):
@@ -442,10 +376,6 @@ def _as_error(what: str, ex: Exception) -> Exception:
 
 def _brief(ex: BaseException) -> str:
     return f"{type(ex).__name__}: {ex}".strip().rstrip(":")
-
-
-def _named(error_class: type[Exception], words: str) -> Exception:
-    return error_class(words.strip())
 
 
 def name_of(callback: Callable[[Any], object]) -> str:
@@ -462,40 +392,6 @@ def check_nothing_open(callback: Callable[[Any], object], connection: Leased) ->
             f" {unfinished or f'in a transaction ({pq.TransactionStatus(status).name})'}: end it there; what only sets"
             " something can set autocommit first"
         )
-
-
-async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
-    """Run a blocking function where it cannot hold up the interpreter's exit, as an executor's thread would.
-
-    Raises what it raises; what would end the event loop in its place, as SystemExit does, becomes a RuntimeError. A
-    cancellation leaves the thread behind; it ends when the function does.
-    """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
-
-    def deliver(result: T | None, error: BaseException | None) -> None:
-        if answer.done():
-            return
-        if error is not None:
-            answer.set_exception(error)
-        else:
-            answer.set_result(result)  # type: ignore[arg-type]  # a T where there is no error
-
-    def run() -> None:
-        result: T | None = None
-        error: BaseException | None = None
-        try:
-            result = function()
-        except BaseException as ex:
-            error = ex
-            if isinstance(ex, StopIteration) or not isinstance(ex, Exception):
-                error = RuntimeError(f"{type(ex).__name__}: {ex}")
-                error.__cause__ = ex
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
-            loop.call_soon_threadsafe(deliver, result, error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return await answer
 
 
 def check_event_loop() -> None:

@@ -43,7 +43,8 @@ from .._core.states import PoolPhase, SlotState
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
 from ..events import CloseReason
-from .driver import ConnectFailed, Driver, Unusable
+from .connect_errors import ConnectFailed
+from .driver import Driver, Unusable
 from .leases import LEASED, Leases, logger
 from .session import SEVERED, Session
 from .watch import DisconnectWatch
