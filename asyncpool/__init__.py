@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import PoolClosed, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
+from .errors import PoolClosed, PoolDeadlock, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
 from .events import CloseReason, Holder, PoolStats
 from .pool import Pool
 from .sync import SyncPool
@@ -12,6 +12,7 @@ __all__ = [
     "Holder",
     "Pool",
     "PoolClosed",
+    "PoolDeadlock",
     "PoolError",
     "PoolStats",
     "PoolTimeout",

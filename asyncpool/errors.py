@@ -17,6 +17,14 @@ class PoolClosed(PoolError):
     """The pool is not open: never opened, being closed, closed, or its event loop is gone."""
 
 
+class PoolDeadlock(PoolError):
+    """Every place is held by a block whose task (or thread) itself waits for another connection: nobody can go on.
+
+    Raised at once, and only for the one that completed the circle. Let a task hold one connection at a time, or pass on
+    the one that it has.
+    """
+
+
 class TooManyWaiting(PoolError):
     """`max_waiting` callers are in the queue already; raised at once, without waiting."""
 

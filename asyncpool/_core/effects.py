@@ -21,6 +21,7 @@ class Refusal(IntEnum):
     CLOSED = 1
     TOO_MANY_WAITING = 2
     CANNOT_CONNECT = 3
+    DEADLOCK = 4
 
 
 @dataclass(slots=True)

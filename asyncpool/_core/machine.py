@@ -65,6 +65,7 @@ class PoolMachine:
         "_slots",
         "_turned_away",
         "_wake_at",
+        "_witness",
         "closes",
         "connect_errors",
         "connects",
@@ -107,6 +108,7 @@ class PoolMachine:
         self._backoff = Backoff(config.backoff_initial, config.backoff_max)
         self._turned_away = 0  # callers for whom the queue is too long, while they are being refused
         self._wake_at = NEVER
+        self._witness: Slot | None = None  # a lease whose owner did not wait when that was last asked
         self._effects: list[Effect] = []
         self._numbers = 0
         self.uses_of_gone = 0
@@ -176,7 +178,16 @@ class PoolMachine:
         self.waiters.append(waiter)
         deadline = waiter.deadline
         if self._idle or len(self._slots) < self.max_size or deadline <= now:
+            self._witness = None
             return self._settle(now)
+        # One lease whose owner does not wait is proof that there is no circle, until that owner comes to the queue:
+        # so the question costs little, however many wait.
+        witness = self._witness
+        if (
+            witness is None or witness.state is not LEASED or (witness.owner and witness.owner() is waiter.owner)
+        ) and self._is_circle():
+            self.waiters.discard(waiter)
+            return (Refuse(waiter, Refusal.DEADLOCK),)
         if deadline < self._wake_at:
             self._wake_at = deadline
             return (WakeAt(deadline),)
@@ -466,6 +477,7 @@ class PoolMachine:
             self._check_overdue(now)
             self._grow(now)
             self._refuse_overdue(now)
+            self._refuse_deadlocked()
             self._schedule(now)
         elif self.phase is PoolPhase.CLOSING and not self._slots:
             self._enter(PoolPhase.CLOSED)
@@ -512,6 +524,7 @@ class PoolMachine:
         """Ownership changes before the waiter is woken: one that is cancelled meanwhile withdraws."""
         waiter = self.waiters.pop_first()
         waiter.slot = slot
+        slot.owner = None  # until it is known: whoever was granted a lease does not wait
         slot.leased_at = now
         slot.uses += 1
         if slot.uses >= self._max_uses:
@@ -564,6 +577,30 @@ class PoolMachine:
     def _refuse_all(self, refusal: Refusal) -> None:
         self._effects.extend(Refuse(waiter, refusal) for waiter in self.waiters)
         self.waiters.clear()
+
+    # --- deadlock -------------------------------------------------------------------------------------------
+
+    def _is_circle(self) -> bool:
+        """Whether every place is the lease of a block whose owner waits. If not so, a lease that shows it is noted."""
+        self._witness = None
+        if len(self._leased) < len(self._slots):
+            return False  # one is on its way
+        waiting = {id(waiter.owner) for waiter in self.waiters if waiter.owner is not None}
+        for slot in self._leased:
+            if slot.owner is None or id(slot.owner()) not in waiting:
+                self._witness = slot
+                return False
+        return True
+
+    def _refuse_deadlocked(self) -> None:
+        """Fewer places, and no newcomer, can complete a circle too: then the last to have come is refused."""
+        if not self.waiters or len(self._slots) < self.max_size:
+            return
+        if (self._witness is None or self._witness.state is not LEASED) and self._leased and self._is_circle():
+            owners = {id(slot.owner()) for slot in self._leased if slot.owner is not None}
+            waiter = next(waiter for waiter in reversed(self.waiters) if id(waiter.owner) in owners)
+            self.waiters.discard(waiter)
+            self._effects.append(Refuse(waiter, Refusal.DEADLOCK))
 
     def _schedule(self, now: float) -> None:
         """Ask to be woken when the next thing is due. An earlier wake-up that stands already is left alone."""

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 
 class Waiter:
-    """A caller in the queue. `slot` is set when it is granted one."""
+    """A caller in the queue. `slot` is set when it is granted one. `owner` is the task or thread that stands still."""
 
-    __slots__ = ("deadline", "slot")
+    __slots__ = ("deadline", "owner", "slot")
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, owner: object = None) -> None:
         self.deadline = deadline
+        self.owner = owner
         self.slot: Slot | None = None
 
 

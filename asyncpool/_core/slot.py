@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..events import CloseReason
 from .policy import NEVER
 from .states import SlotState
@@ -18,6 +20,7 @@ class Slot:
         "idle_since",
         "leased_at",
         "number",
+        "owner",
         "resource",
         "retires_at",
         "state",
@@ -36,6 +39,9 @@ class Slot:
         self.expires_at = NEVER  # never handed out from here on; in the past once it is doomed
         self.doom: CloseReason = CloseReason.MAX_LIFETIME  # why it is closed when it expires
         self.resource: object = None
+        # Who must end the lease, because it is that of a block; None: somebody may give it back. A call, so that it
+        # can be a weak reference: a lease must not keep its task from being collected.
+        self.owner: Callable[[], object] | None = None
 
     @property
     def is_disconnected(self) -> bool:

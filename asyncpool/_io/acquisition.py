@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Generator
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Generator
 from threading import get_ident
 from time import monotonic
-from types import CodeType, TracebackType
+from types import CodeType, FunctionType, TracebackType, coroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import ref
 
 from psycopg import AsyncConnection, pq
 
@@ -22,6 +25,12 @@ from .session import SEVERED, Session
 from .watch import WATCH_STALENESS
 
 C = TypeVar("C", bound=AsyncConnection[Any])
+
+if TYPE_CHECKING or sys.version_info >= (3, 12):
+    current_task: Callable[[asyncio.AbstractEventLoop], asyncio.Task[Any] | None] = asyncio.current_task
+else:
+    # What the function of that name reads; it is slow there.
+    current_task = asyncio.tasks._current_tasks.get
 
 INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
@@ -48,9 +57,10 @@ class Acquisition(Generic[C]):
         self._code = code  # where acquire() was called
         self._offset = offset
 
-    def __await__(self) -> Generator[Any, Any, C]:
+    def __await__(self, in_block: bool = False) -> Generator[Any, Any, C]:
         runner = self._runner
-        if get_ident() != runner.thread or not runner.loop.is_running():
+        task = current_task(runner.loop)
+        if get_ident() != runner.thread or task is None:
             runner.check_loop()
         now = monotonic()
         watch = runner.watch
@@ -58,7 +68,8 @@ class Acquisition(Generic[C]):
             watch.poll()
         slot = runner.machine.take(now)
         if slot is None:
-            slot = yield from self._wait(now)
+            slot = yield from self._wait(now, task)
+        slot.owner = ref(task) if in_block and task is not None else None
         session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
         session.site_code = self._code
         session.site_offset = self._offset
@@ -74,25 +85,25 @@ class Acquisition(Generic[C]):
                 raise PoolError(f"{runner.config.name}: setup has given its connection back")
         return connection  # type: ignore[no-any-return]  # of the class that the pool was given
 
-    def _wait(self, began: float) -> Generator[Any, Any, Slot]:
+    def _wait(self, began: float, task: asyncio.Task[Any] | None) -> Generator[Any, Any, Slot]:
         """Stand in the queue until a connection comes that lives."""
         runner = self._runner
         timeout = runner.config.acquire_timeout if isinstance(self._timeout, Default) else self._timeout
         deadline = NEVER if timeout is None else began + timeout
         now = began
         while True:
-            waiter = FutureWaiter(deadline, began, runner.loop.create_future())
+            waiter = FutureWaiter(deadline, task, runner.loop.create_future())
             if effects := runner.machine.enqueue(waiter, now):
                 runner.perform(effects)
             try:
                 if waiter.future.done() and waiter.slot is None:
                     yield  # refused at once: a loop that tries again must not keep the event loop from everybody else
-                yield from waiter.future
+                refusal = yield from waiter.future
             except BaseException:
                 runner.perform(runner.machine.withdraw(waiter, monotonic()))
-                if waiter.future.done() and not waiter.future.cancelled():
-                    waiter.future.exception()  # seen: a refusal that nobody waits for is no news
                 raise
+            if refusal is not None:
+                raise runner.refusal(refusal, began)
             slot = waiter.slot
             if slot is None or slot.state is not LEASED:
                 raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
@@ -124,9 +135,8 @@ class Acquisition(Generic[C]):
         ) -> None: ...
 
     else:
-
-        def __aenter__(self):
-            return self
+        # The same code, for `async with` to run without a call that returns what it is to await.
+        __aenter__ = coroutine(FunctionType(__await__.__code__, globals(), "__aenter__", (True,)))
 
         def __aexit__(self, exc_type, exc, tb):
             return self._exit(exc_type)

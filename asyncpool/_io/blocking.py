@@ -25,7 +25,7 @@ from ..events import CloseReason
 from .acquisition import Default, check_not_undone, has_to_commit
 from .driver import Driver
 from .leases import LEASED, Leases
-from .locked_machine import LockedMachine, ThreadWaiter
+from .locked_machine import LockedMachine, ThreadWaiter, current
 from .loop_thread import OWN_THREAD, LoopThread
 from .reader import socket_of
 from .runner import Runner
@@ -195,7 +195,7 @@ class BlockingRunner(Runner):
                 self.perform(self.machine.withdraw(waiter, monotonic()))
                 raise
             if waiter.refusal is not None:
-                raise self._refusal(waiter.refusal, waiter.began)
+                raise self.refusal(waiter.refusal, waiter.began)
             if connection is None:
                 raise PoolClosed(f"{self.config.name} is closed")  # between the grant and now
             if not self._has_ended(connection):
@@ -243,7 +243,9 @@ class BlockingAcquisition(Generic[C]):
     def __enter__(self) -> C:
         connection: Any = self._lease()
         self._connection = connection
-        self._number = connection._session.lease
+        session: Session = connection._session
+        self._number = session.lease
+        session.slot.owner = current.owner  # type: ignore[union-attr]  # it has one while it is leased
         return connection  # type: ignore[no-any-return]  # a C
 
     def __exit__(

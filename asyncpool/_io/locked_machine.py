@@ -23,6 +23,22 @@ P = ParamSpec("P")
 IDLE, LEASED = SlotState.IDLE, SlotState.LEASED
 
 
+class ThreadOwner:
+    """Stands for a thread, alone of its kind as long as somebody holds it: a thread's ident is another's after it."""
+
+    def __call__(self) -> ThreadOwner:
+        """Itself, as a `Slot.owner` is asked."""
+        return self
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.owner = ThreadOwner()
+
+
+current = _Current()
+
+
 class ThreadWaiter(Waiter):
     """A thread in the queue. It is woken with a slot or a refusal."""
 
@@ -30,6 +46,7 @@ class ThreadWaiter(Waiter):
 
     def __init__(self, deadline: float, began: float) -> None:
         self.deadline = deadline
+        self.owner = current.owner
         self.slot = None
         self.began = began
         self.refusal: Refusal | None = None
@@ -150,6 +167,7 @@ class LockedMachine(PoolMachine):
             idle.pop()
             slot.state = LEASED
             self._leased.add(slot)
+            slot.owner = None
             slot.leased_at = now
             if uses >= self._max_uses:
                 self._doom(slot, CloseReason.MAX_USES)

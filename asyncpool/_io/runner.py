@@ -41,7 +41,7 @@ from .._core.queue import Waiter
 from .._core.slot import Slot
 from .._core.states import PoolPhase, SlotState
 from ..config import PoolConfig
-from ..errors import PoolClosed, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
+from ..errors import PoolClosed, PoolDeadlock, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
 from ..events import CloseReason
 from .connect_errors import ConnectFailed
 from .driver import Driver, Unusable
@@ -53,12 +53,14 @@ from .watch import DisconnectWatch
 class FutureWaiter(Waiter):
     """A task in the queue, woken through its future."""
 
-    __slots__ = ("began", "future")
+    __slots__ = ("future",)
 
-    def __init__(self, deadline: float, began: float, future: asyncio.Future[None]) -> None:
+    def __init__(
+        self, deadline: float, owner: asyncio.Task[Any] | None, future: asyncio.Future[Refusal | None]
+    ) -> None:
         self.deadline = deadline
+        self.owner = owner
         self.slot = None
-        self.began = began
         self.future = future
 
 
@@ -216,14 +218,20 @@ class Runner:
         waiter = refuse.waiter
         assert isinstance(waiter, FutureWaiter)
         if not waiter.future.done():
-            waiter.future.set_exception(self._refusal(refuse.refusal, waiter.began))
+            waiter.future.set_result(refuse.refusal)
 
-    def _refusal(self, refusal: Refusal, began: float) -> PoolError:
+    def refusal(self, refusal: Refusal, began: float) -> PoolError:
+        """The error for a caller who began to wait then."""
         name = self.config.name
         if refusal is Refusal.CLOSED:
             return PoolClosed(f"{name} is closed")
         if refusal is Refusal.TOO_MANY_WAITING:
             return TooManyWaiting(f"{name}: {self.machine.waiting} callers are waiting, as max_waiting allows")
+        if refusal is Refusal.DEADLOCK:
+            return PoolDeadlock(
+                f"{name}: all {self.machine.size} connections are held by blocks that wait for another one, acquired at"
+                f" {self._sites()}: let a task hold one at a time, or pass on the one that it has"
+            )
         error: PoolError
         if refusal is Refusal.TIMEOUT:
             error = PoolTimeout(f"{name}: no connection within {monotonic() - began:.3g} s; {self.describe()}")
@@ -231,6 +239,9 @@ class Runner:
             error = PoolError(f"{name}: cannot connect: {self.last_connect_error}")
         error.__cause__ = self.last_connect_error
         return error
+
+    def _sites(self) -> str:
+        return "; ".join(slot.resource.site for slot in self.machine.leases() if isinstance(slot.resource, Session))
 
     def describe(self) -> str:
         """The sizes, and the last connect error if the pool has not connected since, in words."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SEEDS = range(60)
 STEPS = 1200
+TASKS = range(12)
 
 
 def random_options(random: Random) -> CommonOptions:
@@ -50,6 +51,7 @@ class Walk:
         # The server's mood: how often it refuses a connect, how often a connection turns out useless.
         self.refuses = random.choice([0, 0.1, 0.6])
         self.breaks = random.choice([0, 0.05, 0.4])
+        self.keeps = random.choice([0, 0.5, 1])  # how often a caller keeps its connection to itself
 
     def take(self, steps: int) -> None:
         actions: dict[Callable[[], None], int] = {
@@ -68,7 +70,12 @@ class Walk:
             action()
 
     def acquire(self) -> None:
-        self.pool.acquire(self.random.choice([None, 0, 0.5, 4]))
+        """One of a few tasks, if it is not waiting already; it may hold connections of which nobody else knows."""
+        waiting = {waiter.owner for waiter in self.pool.queue}
+        if free := [task for task in TASKS if task not in waiting]:
+            owner = self.random.choice(free)
+            in_block = self.random.random() < self.keeps
+            self.pool.acquire(self.random.choice([None, 0, 0.5, 4]), owner, in_block=in_block)
 
     def end_lease(self) -> None:
         pool, random = self.pool, self.random

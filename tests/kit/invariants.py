@@ -41,6 +41,7 @@ def check_all(pool: VirtualPool) -> None:
         check_queue(pool)
         check_growth(pool)
         check_nothing_is_left_undone(pool)
+        assert not is_circle(pool), "nobody can go on, and nobody was told"
         check_wake_up(pool)
 
 
@@ -138,6 +139,16 @@ def check_nothing_is_left_undone(pool: VirtualPool) -> None:
         assert usable(pool) <= machine.min_size, "past max_lifetime, and not needed"
         replaced = machine.count(CONNECTING) or machine.count(CLOSING)
         assert replaced or machine._backoff.failing, "past max_lifetime, and not replaced"
+
+
+def is_circle(pool: VirtualPool) -> bool:
+    """Whether every place is the lease of a block, and the owner of each waits for another one."""
+    waiting = {waiter.owner for waiter in pool.queue}
+    return (
+        len(pool.queue) > 0
+        and pool.machine.size == len(pool.held) >= pool.machine.max_size
+        and all(waiter in pool.blocks and waiter.owner in waiting for waiter in pool.held)
+    )
 
 
 def check_wake_up(pool: VirtualPool) -> None:

@@ -57,6 +57,7 @@ class VirtualPool:
     superseded: dict[Slot, SlotState] = field(default_factory=dict)  # its outcome may still come, until the close's
     queue: list[Waiter] = field(default_factory=list)
     held: dict[Waiter, Slot] = field(default_factory=dict)
+    blocks: set[Waiter] = field(default_factory=set)  # whose lease only their owner will end
     severed: list[Waiter] = field(default_factory=list)  # find their connection shut down
     refused: dict[Waiter, Refusal] = field(default_factory=dict)
     histories: dict[Slot, History] = field(default_factory=dict)
@@ -100,9 +101,11 @@ class VirtualPool:
 
     # --- callers --------------------------------------------------------------------------------------------
 
-    def acquire(self, timeout: float | None = None) -> Waiter:
+    def acquire(self, timeout: float | None = None, owner: object = None, *, in_block: bool = False) -> Waiter:
         """A caller asks for a connection, and is served, queued or refused."""
-        waiter = Waiter(NEVER if timeout is None else self.now + timeout)
+        waiter = Waiter(NEVER if timeout is None else self.now + timeout, owner)
+        if in_block:
+            self.blocks.add(waiter)
         newest = max((self.histories[slot].free_since for slot in self.slots(IDLE)), default=-NEVER)
         slot = self.machine.take(self.now)
         if slot is None:
@@ -155,6 +158,7 @@ class VirtualPool:
         invariants.check_hand_out(self, slot, history)
         assert slot not in self.held.values(), "owned twice"
         self.held[waiter] = slot
+        slot.owner = (lambda: waiter.owner) if waiter in self.blocks else None  # as its caller does, when it runs
 
     # --- outcomes -------------------------------------------------------------------------------------------
 
@@ -354,6 +358,9 @@ class VirtualPool:
         assert effect.waiter not in self.refused, "refused twice"
         if effect.refusal is Refusal.TIMEOUT:
             assert effect.waiter.deadline <= self.now, "refused before its time"
+        if effect.refusal is Refusal.DEADLOCK:
+            assert invariants.is_circle(self), "a false alarm"
+            assert effect.waiter.owner in {waiter.owner for waiter in self.held}, "refused, and nobody is helped"
         self.queue.remove(effect.waiter)
         self.refused[effect.waiter] = effect.refusal
         self.refusals[effect.refusal] += 1

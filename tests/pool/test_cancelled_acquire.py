@@ -162,13 +162,14 @@ async def test_an_acquire_in_a_cancelled_scope_takes_nothing(dsn: str) -> None:
 
 async def test_a_caller_whose_timeout_is_over_leaves_the_queue(dsn: str) -> None:
     async with Pool(dsn, max_size=1) as pool:
-        async with pool.acquire():
-            with pytest.raises(PoolTimeout):
-                await pool.acquire(timeout=0.01)
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.01):
-                    await pool.acquire()
-            assert pool.stats().waiting == 0
+        conn = await pool.acquire()
+        with pytest.raises(PoolTimeout):
+            await pool.acquire(timeout=0.01)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await pool.acquire()
+        assert pool.stats().waiting == 0
+        await pool.release(conn)
         await assert_nothing_lost(pool)
 
 
