@@ -52,7 +52,8 @@ class EmbeddedServer:
     second. However this process ends, the server is stopped and its directory removed (see `keeper.py`).
 
     `settings` are written to postgresql.conf. With `host_authentication` it listens on a free port of
-    127.0.0.1 as well, which stays the same across restarts.
+    127.0.0.1 as well, which stays the same across restarts. `standby_of` is the URL of another one, of which it
+    becomes a hot standby.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class EmbeddedServer:
         *,
         settings: Mapping[str, str | int] | None = None,
         host_authentication: HostAuthentication | None = None,
+        standby_of: str | None = None,
     ) -> None:
         self._settings = {**DEFAULT_SETTINGS, **(settings or {})}
         self._host_authentication = host_authentication
+        self._standby_of = standby_of
         self._keeper: subprocess.Popen[str] | None = None
         self._conversation = threading.Lock()
         self._directory: Path | None = None
@@ -177,6 +180,7 @@ class EmbeddedServer:
             "port": self.port,
             "settings": {name: str(value) for name, value in settings.items()},
             "host_authentication": self._host_authentication,
+            "standby_of": self._standby_of,
         }
         # A session of its own: Ctrl-C in the terminal is for us alone. Isolated and without site-packages, it
         # starts in 20 ms and sees nothing of ours.

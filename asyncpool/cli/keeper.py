@@ -49,6 +49,7 @@ class Plan(TypedDict):
     port: int
     settings: dict[str, str]
     host_authentication: str | None
+    standby_of: str | None
 
 
 class Refusal(Exception):
@@ -114,9 +115,14 @@ class Keeper:
         raise Refusal(f"the temporary directory {tempfile.gettempdir()} is private, or its name too long")
 
     def initialise(self) -> None:
-        """Create the cluster: `initdb`, the settings, who may log in."""
+        """Create the cluster, by `initdb` or as a copy of the primary's: the settings, who may log in."""
         self._make_installation_readable()
-        self._run_initdb()
+        if primary := self.plan["standby_of"]:
+            options = ["--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
+            self._run("pg_basebackup", "-D", str(self.data), "-d", primary, *options)
+        else:
+            options = ["--encoding=UTF8", "--no-locale", "--no-sync", "--no-instructions"]
+            self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", *options)
         settings = {"unix_socket_directories": str(self.directory), **self.plan["settings"]}
         with (self.data / "postgresql.conf").open("a") as conf:
             for name, value in settings.items():
@@ -146,10 +152,9 @@ class Keeper:
             self.identity.take_over(path)
         self.installation = copies / package.name / self.installation.name
 
-    def _run_initdb(self) -> None:
-        options = ["--encoding=UTF8", "--no-locale", "--no-sync", "--no-instructions"]
+    def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
-            [self._program("initdb"), "-D", str(self.data), "-U", "postgres", "-A", "trust", *options],
+            [self._program(program), *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -162,7 +167,7 @@ class Keeper:
             umask=0o077,
         )
         if done.returncode:
-            raise Refusal(f"initdb failed: {(done.stderr or done.stdout).strip()}")
+            raise Refusal(f"{program} failed: {(done.stderr or done.stdout).strip()}")
 
     def _program(self, name: str) -> str:
         return str(self.installation / "bin" / name)
