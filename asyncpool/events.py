@@ -18,6 +18,7 @@ class CloseReason(StrEnum):
     DISCONNECTED = "disconnected"
     CHECK_FAILED = "check_failed"
     RESET_FAILED = "reset_failed"
+    READ_ONLY = "read_only"
     SETUP_FAILED = "setup_failed"
     CONFIGURE_FAILED = "configure_failed"
     RETURNED_BUSY = "returned_busy"

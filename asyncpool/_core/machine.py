@@ -35,6 +35,9 @@ from .states import LEGAL_MOVES, LEGAL_PHASES, PoolPhase, SlotState
 _idle_since = attrgetter("idle_since")
 _number = attrgetter("number")  # the order of sets is that of memory: the same inputs are to have the same effects
 
+# What happened to one connection for such a reason may have happened to all of its generation.
+_CATCHING = (CloseReason.DISCONNECTED, CloseReason.READ_ONLY)
+
 CONNECTING, IDLE, LEASED, CHECKING, RECYCLING, CLOSING, GONE = SlotState
 
 
@@ -249,7 +252,7 @@ class PoolMachine:
         """A lease ends and the connection cannot be used any more."""
         if slot.state is not LEASED:
             raise IllegalMove(f"discard of {slot!r}")
-        if reason is CloseReason.DISCONNECTED:
+        if reason in _CATCHING:
             self._suspect(slot.generation)
         self._close(slot, reason)
         return self._settle(now)
@@ -318,7 +321,7 @@ class PoolMachine:
         """The connection could not be cleaned."""
         if slot.state is not RECYCLING:
             return NO_EFFECTS
-        if reason is CloseReason.DISCONNECTED:
+        if reason in _CATCHING:
             self._suspect(slot.generation)
         self._close(slot, reason)
         return self._settle(now)
@@ -335,6 +338,11 @@ class PoolMachine:
             self._close(slot, CloseReason.DISCONNECTED)
         elif slot.state in (LEASED, CHECKING, RECYCLING):
             self._doom(slot, CloseReason.DISCONNECTED)
+        return self._settle(now)
+
+    def doubt(self, slot: Slot, now: float) -> Effects:
+        """This server may have become read-only: no idle connection of its generation goes out before it was asked."""
+        self._suspect(slot.generation)
         return self._settle(now)
 
     def wake(self, now: float) -> Effects:

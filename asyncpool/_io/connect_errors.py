@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 
 from psycopg import OperationalError
 from psycopg import errors as e
@@ -21,6 +22,9 @@ _FINAL_CLASS = "28"
 _FINAL_STATES = frozenset({"3D000"})
 # The server is starting, stopping or recovering.
 _REFUSED_STATES = frozenset({"57P03"})
+# It is there, and not of the role that `target_session_attrs` asks for. libpq's own words, without SQLSTATE; where
+# it speaks another language such a failure counts as any other.
+_WRONG_ROLE = re.compile(r"session is (?:not )?read-only|server is (?:not )?in hot standby mode")
 # Nobody listens: on TCP, and on a Unix socket.
 _REFUSED_ERRNOS = (errno.ECONNREFUSED, errno.ENOENT)
 
@@ -51,6 +55,8 @@ def _classify(sqlstate: str | None, words: str) -> ConnectFailure:
         if sqlstate.startswith(_FINAL_CLASS) or sqlstate in _FINAL_STATES:
             return ConnectFailure.FINAL
         return ConnectFailure.REFUSED if sqlstate in _REFUSED_STATES else ConnectFailure.TRANSIENT
+    if _WRONG_ROLE.search(words):
+        return ConnectFailure.REFUSED
     # libpq gives the cause in the words of strerror() only.
     if any(os.strerror(number) in words for number in _REFUSED_ERRNOS):
         return ConnectFailure.REFUSED

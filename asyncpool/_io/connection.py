@@ -12,6 +12,7 @@ from types import FunctionType
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
 from psycopg import AsyncConnection, BaseConnection, Connection, pq
+from psycopg import errors as e
 from psycopg._connection_base import NoticeHandler, NotifyHandler
 from psycopg._pipeline_base import BasePipeline
 from psycopg.abc import PQGen
@@ -107,7 +108,8 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
                 raise
             result: RV = done.value
             return result
-        except BaseException:
+        except BaseException as ex:
+            session.refused_write |= isinstance(ex, e.ReadOnlySqlTransaction)
             reader.stop_if_lost()
             raise
         future = reader.drive(gen, state)
@@ -118,6 +120,9 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
             timer = reader.loop.call_later(session.cancel_timeout, session.sever)
         try:
             return await future
+        except e.ReadOnlySqlTransaction:
+            session.refused_write = True
+            raise
         except asyncio.CancelledError:
             await self._end_statement(gen if future.cancelled() else None)
             raise
@@ -188,7 +193,8 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
             if session.lease in UNUSABLE:  # whoever severs looks at these two in the other order
                 raise PoolError(UNUSABLE[session.lease])
             return super().wait(gen, interval, timeout)
-        except Exception:
+        except Exception as ex:
+            session.refused_write |= isinstance(ex, e.ReadOnlySqlTransaction)
             raise
         except BaseException:
             session.drop_results_in_thread()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from .connection import Leased, PooledConnection, describe_unfinished, pooled_cl
 from .daemon_thread import in_daemon_thread
 from .libpq import set_verbose_errors
 from .reader import BAD, duplicate, socket_of
+from .role import role_of
 from .session import IDLE, NOT_LEASED, POOLS_OWN, Session, linger
 from .watch import peer_has_closed
 
@@ -117,6 +119,7 @@ class Driver:
         else:
             parse("", self._libpq_options)
         self.abandoned = 0
+        self._last_good: tuple[object, ...] = ()  # the place of the last connection, to be tried first
         self._half_open: set[PGconn] = set()
         self._lingering: set[socket.socket] = set()
 
@@ -136,6 +139,7 @@ class Driver:
                 failures.append((attempt, failed))
         else:
             raise summary(failures)
+        self._last_good = _place(attempt)
         return await self._set_up(pgconn)
 
     async def _ask_conninfo(self) -> tuple[ConnDict, Redactor]:
@@ -165,14 +169,28 @@ class Driver:
         params = {name: value for name, value in params.items() if name != "connect_timeout"}
         try:
             if not needs_lookup(params):
-                return conninfo_attempts(params)
+                return self._in_order(conninfo_attempts(params))
             with anyio.fail_after(self._connect_timeout):
-                return await in_daemon_thread(lambda: conninfo_attempts(params), "asyncpool: look up a host name")
+                found = await in_daemon_thread(lambda: conninfo_attempts(params), "asyncpool: look up a host name")
+            return self._in_order(found)
         except TimeoutError:
             words = f"host name not resolved within {self._connect_timeout:g} s"
             raise ConnectFailed(named(e.ConnectionTimeout, words), ConnectFailure.TRANSIENT) from None
         except e.Error as error:
             raise ConnectFailed(named(OperationalError, redactor.redact(str(error))), _T) from None
+
+    def _in_order(self, attempts: list[ConnDict]) -> list[ConnDict]:
+        """The place of the last success first, among those of the same role, unless the load is to be spread."""
+        if (attempts[0].get("load_balance_hosts") or os.environ.get("PGLOADBALANCEHOSTS")) == "random":
+            return attempts
+        first_role = attempts[0].get("target_session_attrs")  # with prefer-standby, all come once more behind these
+        return sorted(
+            attempts,
+            key=lambda attempt: (
+                attempt.get("target_session_attrs") != first_role,
+                _place(attempt) != self._last_good,
+            ),
+        )
 
     async def _connect_to(self, attempt: ConnDict, redactor: Redactor, patience: float) -> PGconn:
         """One attempt on one address, within `connect_timeout`; `patience` is for the end of one that failed."""
@@ -224,6 +242,7 @@ class Driver:
 
     async def _set_up(self, pgconn: PGconn) -> Session:
         session = Session(pgconn, asyncio.get_running_loop(), self._config.cancel_timeout, shared=self.shared)
+        session.role = role_of(pgconn)
         try:
             connection = self._options.make(pgconn)
             connection._session = session
@@ -253,12 +272,14 @@ class Driver:
         if fd is None or session.pgconn.status == BAD or peer_has_closed(fd):
             raise Unusable(CloseReason.DISCONNECTED, "the server has closed the connection")
         try:
-            if self._config.check is None:
-                with anyio.fail_after(self._config.check_timeout):
-                    await session.command(b"")
-            else:
+            if self._config.check is not None:
                 await self._call(self._config.check, session)
                 self._restore_client_state(session)
+            if self._config.check is None or session.role is not None:
+                with anyio.fail_after(self._config.check_timeout):
+                    await self._ask_role(session)
+        except Unusable:
+            raise
         except Exception as ex:
             reason = CloseReason.DISCONNECTED if session.is_lost else CloseReason.CHECK_FAILED
             raise Unusable(reason, f"check: {_brief(ex)}") from ex
@@ -268,6 +289,7 @@ class Driver:
         try:
             with anyio.fail_after(self._config.check_timeout):
                 await self._roll_back(session)
+                session.refused_write = False
                 if self._config.reset == "session":
                     await session.command(_SESSION_RESET)
                 elif self._config.reset == "discard":
@@ -283,9 +305,21 @@ class Driver:
                 if self._config.configure is not None:
                     await self._call(self._config.configure, session)
                     session.baseline = Baseline(session.connection)
+            if session.role is not None:
+                with anyio.fail_after(self._config.check_timeout):
+                    await self._ask_role(session)
+        except Unusable:
+            raise
         except Exception as ex:
             reason = CloseReason.DISCONNECTED if session.is_lost else CloseReason.RESET_FAILED
             raise Unusable(reason, f"reset: {_brief(ex)}") from ex
+
+    async def _ask_role(self, session: Session) -> None:
+        """A round trip; for a pool that asked for a server of some role, with the question whether it still has it."""
+        if session.role is None:
+            await session.command(b"")
+        elif session.role.is_denied(await session.command(session.role.question)):
+            raise Unusable(CloseReason.READ_ONLY, "the server has become read-only")
 
     async def _roll_back(self, session: Session) -> None:
         if session.pgconn.transaction_status == IDLE:
@@ -338,6 +372,10 @@ def _anew(prepared: PrepareManager) -> PrepareManager:
     empty = PrepareManager()
     empty._prepared_idx = prepared._prepared_idx
     return empty
+
+
+def _place(attempt: ConnDict) -> tuple[object, ...]:
+    return tuple(attempt.get(name) for name in ("host", "hostaddr", "port"))
 
 
 _NOT_LIBPQ = PSYCOPG_OPTIONS | {"connection_class"}

@@ -85,6 +85,8 @@ class Leases:
             self._reset_needed
             or session.lease == SEVERED
             or connection.lock.locked()
+            or session.refused_write
+            or session.is_read_only
             or read_client_state(connection) != session.baseline.state
         ):
             return False
@@ -133,7 +135,14 @@ class Leases:
         if session.pgconn.transaction_status in _TRANSACTION and not after_block:
             self._warn_in_transaction(session)
         session.baseline.restore(connection)
+        if session.refused_write:
+            session.refused_write = False
+            if session.role is not None:  # it is asked for its role by the recycler, as the idle ones are by a ping
+                return [*self._machine.doubt(slot, now), *self._machine.recycle(slot, now)]
         if session.pgconn.transaction_status == IDLE and not self._reset_needed:
+            if session.is_read_only:
+                logger.info("%s: closing a connection whose server has become read-only", self._config.name)
+                return self._machine.discard(slot, CloseReason.READ_ONLY, now)
             session.prepared = connection._prepared._prepared_idx
             return self._machine.give_back(slot, session.reader.answered_at, now)
         return self._machine.recycle(slot, now)

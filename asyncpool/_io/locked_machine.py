@@ -285,5 +285,6 @@ class LockedMachine(PoolMachine):
         close = _locked(PoolMachine.close)
         sever = _locked(PoolMachine.sever)
         resize = _locked(PoolMachine.resize)
+        doubt = _locked(PoolMachine.doubt)
         drain = _locked(PoolMachine.drain)
         check = _locked(PoolMachine.check)

@@ -21,6 +21,7 @@ from psycopg.waiting import Wait
 
 from .client_state import Baseline
 from .reader import BAD, Reader, duplicate, socket_of
+from .role import Role
 from .site import describe_site
 from .watch import peer_has_closed
 
@@ -74,6 +75,8 @@ class Session:
         "prepared",
         "reader",
         "reference",
+        "refused_write",
+        "role",
         "shared",
         "site_code",
         "site_offset",
@@ -108,6 +111,8 @@ class Session:
         self.prepared = 0  # how many statements psycopg had prepared when the last lease ended
         self.touched = False  # whether anything may have changed in the current lease, on the server or here
         self.in_transaction = False  # whether losing the connection now would lose work
+        self.role: Role | None = None  # which its server must have
+        self.refused_write = False  # whether it has refused a write in the current lease, as one of another role does
         self.site_code: CodeType | None = None
         self.site_offset = 0
         self.stack: str | None = None
@@ -117,6 +122,11 @@ class Session:
     def site(self) -> str:
         """Where the current lease was acquired."""
         return describe_site(self.site_code, self.site_offset)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the server has reported that it takes no writes, in a pool that asked for one that does."""
+        return self.role is not None and self.role.is_lost(self.pgconn)
 
     async def command(self, sql: bytes) -> list[PGresult]:
         """Run SQL by the simple protocol, below psycopg's transactions and caches. Raises the server's error."""

@@ -10,9 +10,9 @@ from asyncpool._core.effects import Refusal
 from asyncpool._core.policy import ConnectFailure
 
 
-def held_by_blocks(count: int, **options: int) -> VirtualPool:
+def held_by_blocks(count: int) -> VirtualPool:
     """A pool of `count`, each place the lease of a block of task 0, 1, …"""
-    pool = opened_pool(min_size=count, max_size=count, max_connecting=count, **options)
+    pool = opened_pool(min_size=count, max_size=count, max_connecting=count)
     for task in range(count):
         pool.acquire(owner=task, in_block=True)
     assert not pool.queue
