@@ -206,6 +206,8 @@ class Session:
             await waiting.wait_conn_async(_run_cancel(request), interval=1.0, timeout=self.cancel_timeout)
         except e.Error:
             return False
+        finally:
+            request.reset()  # one that was not answered has its socket still
         return True
 
     async def _drop_results(self, deadline: float) -> None:
