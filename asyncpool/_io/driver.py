@@ -222,7 +222,8 @@ class Driver:
         if sock is not None:
             self._lingering.add(sock)
             with anyio.CancelScope(shield=True):
-                self.abandoned += not await linger(sock, patience)
+                ended = await linger(sock, patience)
+            self.abandoned += not ended  # not across the await, in which others count
             self._lingering.discard(sock)
 
     def abandon(self) -> None:
@@ -251,7 +252,8 @@ class Driver:
             await self._configure(session)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                self.abandoned += not await session.close(self._config.check_timeout)
+                ended = await session.close(self._config.check_timeout)
+            self.abandoned += not ended
             raise
         return session
 

@@ -386,7 +386,8 @@ class Runner:
             # It was told to stop; a callable that does not let itself be cancelled is left behind.
             await asyncio.wait((running,), timeout=2 * self.config.check_timeout)
         if isinstance(slot.resource, Session):
-            self.driver.abandoned += not await slot.resource.close(self.config.check_timeout)
+            ended = await slot.resource.close(self.config.check_timeout)
+            self.driver.abandoned += not ended  # not across the await, in which others count
             slot.resource = None
         self.perform(self.machine.closed(slot, monotonic()))
 
