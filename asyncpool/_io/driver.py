@@ -262,7 +262,8 @@ class Driver:
             try:
                 await self._call(self._config.configure, session)
             except Exception as ex:
-                failure = ConnectFailure.TRANSIENT if session.is_lost else ConnectFailure.FINAL
+                # Lost, or severed because the server was not heard any more: neither says anything about the next try.
+                failure = ConnectFailure.TRANSIENT if session.pgconn.status == BAD else ConnectFailure.FINAL
                 raise ConnectFailed(_as_error("configure", ex), failure, CloseReason.CONFIGURE_FAILED) from None
         session.baseline = Baseline(session.connection)
 
