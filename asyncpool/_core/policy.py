@@ -60,8 +60,9 @@ class Backoff:
             self._failures += 1
         self._outage_began = min(self._outage_began, now)
         if failure is ConnectFailure.REFUSED:
-            pause = max(self._initial, PROBE_SHARE * (now - self._outage_began))
+            pause = min(self._max, max(self._initial, PROBE_SHARE * (now - self._outage_began)))
         else:
-            # The exponent is capped where the float would overflow; backoff_max has cut in long before.
-            pause = draw * self._initial * 2.0 ** min(self._failures - 1, 60)
-        self.not_before = now + min(self._max, pause)
+            # The exponent is capped where the float would overflow; backoff_max has cut in long before. The draw comes
+            # last: else all the pauses of a long outage would be backoff_max, and those of many pools in step.
+            pause = draw * min(self._max, self._initial * 2.0 ** min(self._failures - 1, 60))
+        self.not_before = now + pause

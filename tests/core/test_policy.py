@@ -78,6 +78,11 @@ def test_the_jitter_is_full(draw: float) -> None:
     assert pauses(Backoff(0.5, 100.0), 4, draw) == pytest.approx([draw * bound for bound in (0.5, 1.0, 2.0, 4.0)])
 
 
+@pytest.mark.parametrize("draw", [0.25, 0.75])
+def test_the_jitter_is_full_however_long_the_outage_lasts(draw: float) -> None:
+    assert pauses(Backoff(0.5, 10.0), 50, draw)[-1] == pytest.approx(draw * 10.0)
+
+
 def test_an_outage_of_any_length_keeps_to_backoff_max() -> None:
     assert pauses(Backoff(0.1, 10.0), 5000, 1.0)[-1] == pytest.approx(10.0)
 
