@@ -560,8 +560,13 @@ class PoolMachine:
         """How many connects the waiters, `min_size` and retirements ask for."""
         for_waiters = len(self.waiters) + self._turned_away - self._coming()
         for_min_size = self.min_size - (len(self._slots) - len(self._closing))
-        for_retirement = 1 if not self._connecting and self._retiring(now) else 0
+        for_retirement = 1 if not self._connecting and self._to_replace(now) > 0 else 0
         return max(for_waiters, for_min_size, for_retirement)
+
+    def _to_replace(self, now: float) -> int:
+        """How many retire, or will when they are given back, perhaps past `max_lifetime`, and have no replacement."""
+        retiring = sum(now >= slot.retires_at for members in (self._idle, self._leased) for slot in members)
+        return retiring - max(0, self._usable() - self.min_size) if retiring else 0
 
     def _grow(self, now: float) -> None:
         at_once = 1 if self._backoff.failing else self._config.max_connecting
@@ -627,6 +632,7 @@ class PoolMachine:
                 yield slot.fresh_until
         if self._idle and self._usable() > self.min_size:
             yield self._idle[0].idle_since + self._max_idle
+        yield from (slot.retires_at for slot in self._leased if slot.retires_at > now)
         if self._leased:
             # A connection that comes back to idle asks for no wake-up on account of `max_idle`, to keep that path
             # short: look again when the first could be due.

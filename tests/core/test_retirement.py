@@ -128,6 +128,41 @@ def test_a_connection_released_past_its_time_is_replaced_without_any_other_input
     assert pool.closes == {CloseReason.MAX_LIFETIME: 1}
 
 
+def test_what_retires_while_it_is_leased_is_replaced_then_and_closed_when_it_comes_back() -> None:
+    """A lease may last past `max_lifetime`, and would leave a hole in `min_size` at its end."""
+    pool = aging_pool(0.5, min_size=1, max_size=2)
+    holder = pool.acquire()
+    old = holder.slot
+    assert old is not None
+    pool.advance(949.9)
+    assert pool.machine.size == 1
+    pool.advance(0.1)
+    assert pool.count(CONNECTING) == 1
+    new = pool.connect()
+    pool.advance(LIFETIME)
+    assert not pool.count(CONNECTING), "one replacement is enough"
+    pool.release(holder)
+    assert old.state is CLOSING
+    assert new.state in (IDLE, CLOSING), "it may have come to its own end meanwhile"
+
+
+def test_of_those_that_retire_while_they_are_leased_only_what_min_size_wants_is_replaced() -> None:
+    pool = aging_pool(0.5, min_size=1, max_size=9)
+    for _ in range(3):
+        pool.acquire()
+    pool.finish_work()
+    assert pool.count(LEASED) == 3
+    pool.advance(950)
+    assert pool.count(CONNECTING) == 1
+    pool.finish_work()
+    assert pool.machine.connects == 4
+    for holder in list(pool.held):
+        pool.release(holder)
+        pool.finish_work()
+    assert pool.count(IDLE) == 1
+    assert pool.machine.connects == 4
+
+
 # --- at acquire and at release ------------------------------------------------------------------------------
 
 

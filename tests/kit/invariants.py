@@ -119,7 +119,8 @@ def check_growth(pool: VirtualPool) -> None:
     connecting = machine.count(CONNECTING)
     for_waiters = coming(pool) <= asked
     for_min_size = machine.size - machine.count(CLOSING) <= machine.min_size
-    as_replacement = connecting == 1 and any(slot.retires_at <= pool.now for slot in machine.idle_slots())
+    retiring = sum(slot.retires_at <= pool.now for slot in (*machine.idle_slots(), *machine.leases()))
+    as_replacement = connecting == 1 and retiring > max(0, usable(pool) - machine.min_size)
     assert for_waiters or for_min_size or as_replacement, "more connects than are needed"
     assert machine.size <= machine.max_size
     assert backoff.not_before <= pool.now, "a connect during the pause"
@@ -135,6 +136,9 @@ def check_nothing_is_left_undone(pool: VirtualPool) -> None:
         assert len(pool.queue) <= coming(pool), "somebody waits, and nobody connects"
         assert machine.size - machine.count(CLOSING) >= machine.min_size, "below min_size, and nobody connects"
     retiring = [slot for slot in machine.idle_slots() if slot.retires_at <= pool.now]
+    leased = [slot for slot in machine.leases() if slot.retires_at <= pool.now]
+    if may_connect(pool) and len(retiring) + len(leased) > max(0, usable(pool) - machine.min_size):
+        assert machine.count(CONNECTING), "past max_lifetime when it comes back, and not replaced"
     if retiring:
         assert usable(pool) <= machine.min_size, "past max_lifetime, and not needed"
         replaced = machine.count(CONNECTING) or machine.count(CLOSING)
@@ -165,6 +169,9 @@ def due_times(pool: VirtualPool) -> Iterator[float]:
     demand = len(pool.queue) > coming(pool) or machine.size - machine.count(CLOSING) < machine.min_size
     if demand and machine.size < machine.max_size and not machine.count(CONNECTING):
         yield backoff.not_before
+    for slot in machine.leases():
+        if slot.retires_at > pool.now:
+            yield slot.retires_at
     for slot in machine.idle_slots():
         history = pool.histories[slot]
         if config.max_lifetime is not None:
