@@ -269,13 +269,14 @@ class Play:
         """Whether the connection lived when `configure` failed: a statement of it that does not end is cancelled."""
         visits = iter(self.server.visits)
         configured = next(visit for visit in visits if visit.gate is Gate.CONFIGURE)
-        cancelled = next((visit.outcome for visit in visits if visit.gate is Gate.CANCEL), None)
+        cancels = (visit.outcome for visit in visits if visit.gate is Gate.CANCEL and visit.sql == "configure")
+        cancelled = next(cancels, None)
         return configured.outcome is ERROR or (configured.outcome is NEVER and cancelled in (OK, SLOW))
 
     def judge_statement(self, user: User, lasted: float) -> None:
         outcome = user.outcome
         words = f"{user.name}: {outcome!r}"
-        [visit] = [visit for visit in self.server.visits if visit.sql == f"query {user.name}"]
+        [visit] = [v for v in self.server.visits if v.gate is Gate.QUERY and v.sql == f"query {user.name}"]
         if visit.outcome is ERROR:
             assert isinstance(outcome, psycopg.errors.InternalError_), words
         elif visit.outcome is NEVER:

@@ -1,7 +1,7 @@
 """A PostgreSQL server of the tests, in the event loop of its clients: every answer, and its time, is scripted.
 
 It speaks as much of the protocol as a pool does: what is said to it is real, and so is everything on the pool's side,
-the driver and libpq included. It knows no SQL but what it is told.
+the driver and libpq included. It knows no SQL but what it is told, and no prepared statements.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Visit:
 
     gate: Gate
     outcome: Outcome
-    sql: str
+    sql: str  # that arrives there, or is to be cancelled
     when: float
 
 
@@ -126,6 +126,8 @@ class ScriptedServer:
 
     @property
     def dsn(self) -> str:
+        """Where it listens, once it does."""
+        assert self._directory
         return f"host={self._directory} port=5432 user=test dbname=test"
 
     @property
@@ -307,7 +309,7 @@ class Backend(asyncio.Protocol):
                 backend.fail("57014", "canceling statement due to user request")
             self.transport.close()
 
-        outcome = server.visit(Gate.CANCEL)
+        outcome = server.visit(Gate.CANCEL, backend.running or "")
         if outcome is ERROR:
             self.transport.abort()  # not heard
         else:
