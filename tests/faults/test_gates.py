@@ -15,6 +15,7 @@ import os
 import random
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -352,6 +353,12 @@ def no_errors_logged() -> Iterator[Errors]:
             logger.removeHandler(errors)
 
 
+def open_descriptors() -> int:
+    """How many this process has; 0 where that cannot be seen."""
+    directory = Path("/proc/self/fd")
+    return len(list(directory.iterdir())) if directory.exists() else 0
+
+
 def play_all(cases: Iterable[Case]) -> None:
     """Play them one after the other, and tell of all that fail."""
     failures: list[str] = []
@@ -367,8 +374,10 @@ def play_all(cases: Iterable[Case]) -> None:
                     failures.append(f"{case}:\n    {type(ex).__name__}: {ex}")
                     errors.messages.clear()
 
+    descriptors = open_descriptors()
     with no_errors_logged() as errors:
         run_virtually(main)
+    assert open_descriptors() <= descriptors
     assert not failures, f"{len(failures)} failed, among them\n" + "\n".join(failures[:10])
 
 
