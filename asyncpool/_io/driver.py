@@ -262,8 +262,10 @@ class Driver:
             try:
                 await self._call(self._config.configure, session)
             except Exception as ex:
-                # Lost, or severed because the server was not heard any more: neither says anything about the next try.
-                failure = ConnectFailure.TRANSIENT if session.pgconn.status == BAD else ConnectFailure.FINAL
+                # Severed in the event loop: the server was not heard any more, which is no answer. For threads that is
+                # how a callable is stopped that does not end.
+                unheard = session.pgconn.status == BAD and not self.shared
+                failure = ConnectFailure.TRANSIENT if session.is_lost or unheard else ConnectFailure.FINAL
                 raise ConnectFailed(_as_error("configure", ex), failure, CloseReason.CONFIGURE_FAILED) from None
         session.baseline = Baseline(session.connection)
 
