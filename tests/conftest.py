@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from kit.loops import loop_factories
+from kit.mortal_server import MortalServer
 from kit.servers import Admin, PasswordServer, Server, create_users_with_odd_passwords
+from kit.waiting import eventually_blocking
 from psycopg.conninfo import make_conninfo
 
 from asyncpool.cli.embedded import EmbeddedServer
@@ -94,6 +96,23 @@ def private_admin(private_server: EmbeddedServer) -> Iterator[Admin]:
     admin = Admin(private_server.dsn())
     yield admin
     admin.close()
+
+
+@pytest.fixture(scope="session")
+def lasting_mortal_server() -> Iterator[MortalServer]:
+    if "DATABASE_URL" in os.environ:
+        pytest.skip(NEEDS_CONTROL)
+    server = MortalServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def mortal(lasting_mortal_server: MortalServer) -> MortalServer:
+    """A server to stop, kill, freeze and reconfigure; up, and with nobody in it, when the test begins."""
+    lasting_mortal_server.recover()
+    eventually_blocking(lambda: lasting_mortal_server.strangers() == 0)
+    return lasting_mortal_server
 
 
 @pytest.fixture(scope="session")
