@@ -45,23 +45,23 @@ class Backoff:
 
     def succeeded(self) -> None:
         """Forget all failures."""
-        self._failures = 0
+        self._failures = 0  # without those that were refused, which come often and say nothing about load
         self._outage_began = NEVER
         self.not_before = -NEVER
 
     @property
     def failing(self) -> bool:
         """Whether the last connect failed."""
-        return self._failures > 0
+        return self._outage_began < NEVER
 
     def failed(self, failure: ConnectFailure, now: float, draw: float) -> None:
         """Set `not_before`: full jitter over a doubling bound; a fixed share of the outage while refused."""
-        if now >= self.not_before:  # the failures of connects that ran side by side count once
-            self._failures += 1
         self._outage_began = min(self._outage_began, now)
         if failure is ConnectFailure.REFUSED:
             pause = min(self._max, max(self._initial, PROBE_SHARE * (now - self._outage_began)))
         else:
+            if now >= self.not_before or not self._failures:  # of connects that ran side by side one counts
+                self._failures += 1
             # The exponent is capped where the float would overflow; backoff_max has cut in long before. The draw comes
             # last: else all the pauses of a long outage would be backoff_max, and those of many pools in step.
             pause = draw * min(self._max, self._initial * 2.0 ** min(self._failures - 1, 60))

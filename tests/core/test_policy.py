@@ -111,6 +111,16 @@ def test_a_server_that_refuses_is_tried_every_2_percent_of_its_outage() -> None:
     assert pause_after(backoff, REFUSED, 9000.0, 0.5) == pytest.approx(10.0)
 
 
+def test_a_long_outage_of_refusals_does_not_prolong_the_pause_after_another_failure() -> None:
+    """A server that is back, but full, is tried again soon, however often it refused before."""
+    backoff = Backoff(0.1, 10.0)
+    pauses(backoff, 100, 1.0, REFUSED)
+    after = backoff.not_before
+    assert [pause_after(backoff, TRANSIENT, after, 1.0) for _ in range(2)] == pytest.approx([0.1, 0.1])
+    assert pause_after(backoff, REFUSED, backoff.not_before, 1.0) > 0.0
+    assert pause_after(backoff, TRANSIENT, backoff.not_before, 1.0) == pytest.approx(0.2)
+
+
 def test_the_outage_lasts_as_long_as_nothing_connects_whatever_the_failures_are() -> None:
     backoff = Backoff(0.1, 10.0)
     backoff.failed(TRANSIENT, 1000.0, 0.5)
