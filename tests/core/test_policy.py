@@ -102,12 +102,12 @@ def test_connects_that_fail_side_by_side_count_as_one_failure() -> None:
     assert pause_after(backoff, TRANSIENT, backoff.not_before, 1.0) == 1.0
 
 
-def test_a_server_that_refuses_is_tried_every_2_percent_of_its_outage() -> None:
+def test_a_server_that_refuses_is_tried_every_percent_of_its_outage() -> None:
     backoff = Backoff(0.1, 10.0)
     assert pause_after(backoff, REFUSED, 1000.0, 0.5) == pytest.approx(0.1)
-    assert pause_after(backoff, REFUSED, 1004.0, 0.5) == pytest.approx(0.1)
-    assert pause_after(backoff, REFUSED, 1100.0, 0.5) == pytest.approx(2.0)
-    assert pause_after(backoff, REFUSED, 1400.0, 0.5) == pytest.approx(8.0)
+    assert pause_after(backoff, REFUSED, 1010.0, 0.5) == pytest.approx(0.1)
+    assert pause_after(backoff, REFUSED, 1200.0, 0.5) == pytest.approx(2.0)
+    assert pause_after(backoff, REFUSED, 1800.0, 0.5) == pytest.approx(8.0)
     assert pause_after(backoff, REFUSED, 9000.0, 0.5) == pytest.approx(10.0)
 
 
@@ -124,6 +124,6 @@ def test_a_long_outage_of_refusals_does_not_prolong_the_pause_after_another_fail
 def test_the_outage_lasts_as_long_as_nothing_connects_whatever_the_failures_are() -> None:
     backoff = Backoff(0.1, 10.0)
     backoff.failed(TRANSIENT, 1000.0, 0.5)
-    assert pause_after(backoff, REFUSED, 1100.0, 0.5) == pytest.approx(2.0)
+    assert pause_after(backoff, REFUSED, 1200.0, 0.5) == pytest.approx(2.0)
     backoff.succeeded()
-    assert pause_after(backoff, REFUSED, 1200.0, 0.5) == pytest.approx(0.1)
+    assert pause_after(backoff, REFUSED, 1300.0, 0.5) == pytest.approx(0.1)
