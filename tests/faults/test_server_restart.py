@@ -147,7 +147,7 @@ async def test_a_restart_that_nobody_saw_costs_the_next_requests_no_error(
     async with pool_of(mortal.dsn(application_name)) as pool:
         for mode in ("fast", "immediate", "kill", "fast"):
             before = set(mortal.admin.pids(application_name))
-            mortal.restart(mode)  # type: ignore[arg-type]  # one of the modes
+            mortal.restart(mode)
             async with asyncio.TaskGroup() as group:
                 found = [group.create_task(self_of(pool)) for _ in range(TASKS)]
             assert not before & {task.result() for task in found}

@@ -243,7 +243,6 @@ class MortalServer:
         return self.admin.client_sessions()
 
 
-
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
