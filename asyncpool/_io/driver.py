@@ -222,8 +222,8 @@ class Driver:
         if sock is not None:
             self._lingering.add(sock)
             with anyio.CancelScope(shield=True):
-                ended = await linger(sock, patience)
-            self.abandoned += not ended  # not across the await, in which others count
+                confirmed = await linger(sock, patience)
+                self.abandoned += not confirmed  # apart: `+= await` would add to what there was before the wait
             self._lingering.discard(sock)
 
     def abandon(self) -> None:
@@ -252,8 +252,8 @@ class Driver:
             await self._configure(session)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                ended = await session.close(self._config.check_timeout)
-            self.abandoned += not ended
+                confirmed = await session.close(self._config.check_timeout)
+                self.abandoned += not confirmed
             raise
         return session
 

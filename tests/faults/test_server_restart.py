@@ -105,7 +105,7 @@ async def test_during_a_smart_shutdown_the_pool_serves_on_with_what_it_has(
 ) -> None:
     async with Pool(mortal.dsn(application_name), min_size=SIZE, max_size=2 * SIZE) as pool:
         async with under_load(pool, 2 * SIZE + 3) as load:
-            await eventually(lambda: pool.stats().size == 2 * SIZE)
+            await eventually(lambda: pool.stats().connects == 2 * SIZE)
             mortal.begin_smart_shutdown()
             served = len(load.requests)
             await eventually(lambda: len(load.requests) > served + 200)
