@@ -170,9 +170,10 @@ class Clients:
         self.back: float | None = None
         self.outcome = Outcome()
         self.done = asyncio.Event()
+        self.stopping = False
 
     async def ask(self) -> None:
-        while True:
+        while not self.stopping:
             began = time.perf_counter()
             try:
                 await self._request()
@@ -235,9 +236,11 @@ async def suffer(server: EmbeddedServer, entrant: Entrant, situation: Situation,
             await asyncio.wait_for(clients.done.wait(), GIVE_UP_AFTER)
         with suppress(TimeoutError):
             await asyncio.wait_for(observing, THEN_WAIT)
+        # Not by cancellation alone: a pool may swallow that.
+        clients.stopping = True
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks)
         return clients.outcome
 
 
