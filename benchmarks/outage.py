@@ -39,7 +39,7 @@ LOOK_EVERY = 0.005
 # From when the server is back. More than the 30 s that two of the pools let a caller wait by default.
 GIVE_UP_AFTER = 45.0
 # After the last request that counts: does the pool come to its full size by itself?
-THEN_WAIT = 3.0
+THEN_WAIT = 10.0
 
 # --- the contenders -----------------------------------------------------------------------------------------
 
