@@ -91,7 +91,8 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
         """Drive a generator of psycopg, which does all I/O of a connection through this method.
 
         A cancellation ends the statement on the server and keeps the connection, within `cancel_timeout`; it is
-        then re-raised. So is one that struck in the user's own code, inside a block of psycopg's that now ends.
+        then re-raised. So is one that struck in the user's own code, inside a block of psycopg's that now ends. A
+        ROLLBACK for which one is the reason is let end.
         `interval` is psycopg's and not needed here. Raises PoolError after the release.
         """
         session = self._session
@@ -124,7 +125,11 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
             session.refused_write = True
             raise
         except asyncio.CancelledError:
-            await self._end_statement(gen if future.cancelled() else None)
+            half_way = gen if future.cancelled() else None
+            if timer is not None and timeout is None and getattr(gen, "gi_code", None) is _TRANSACTION_EXIT:
+                await session.await_rollback(half_way)
+            else:
+                await self._end_statement(half_way)
             raise
         except GeneratorExit:
             session.sever()  # the coroutine was closed: nobody can wait for the statement's end
@@ -228,8 +233,9 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
 
 
 # By these psycopg ends a block that was left.
+_TRANSACTION_EXIT = cast(FunctionType, BaseTransaction._exit_gen).__code__
 _BLOCK_ENDS = frozenset(
-    cast(FunctionType, function).__code__ for function in (copy_end, BasePipeline._exit_gen, BaseTransaction._exit_gen)
+    {_TRANSACTION_EXIT, *(cast(FunctionType, function).__code__ for function in (copy_end, BasePipeline._exit_gen))}
 )
 
 

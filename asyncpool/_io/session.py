@@ -165,6 +165,17 @@ class Session:
             if not (requested and in_time and ended_whole):
                 self.sever()
 
+    async def await_rollback(self, generator: Any) -> None:
+        """Read to the end of a running ROLLBACK, for at most `cancel_timeout`; then sever.
+
+        Whoever it is run for was cancelled and is, in a scope of anyio's, cancelled again here. A request to cancel
+        would take longer than a ROLLBACK does, and might hit it.
+        """
+        with anyio.CancelScope(shield=True):
+            deadline = self.reader.loop.time() + self.cancel_timeout
+            if generator is not None and not await self._await_until(self.reader.resume(generator), deadline):
+                self.sever()
+
     async def cancel_statement(self) -> None:
         """Have the server cancel the running statement, which is then to be read to its end. Severs if it is not known
         to have done so within `cancel_timeout`: the request might still be carried out, upon the next user's statement.
