@@ -53,7 +53,8 @@ class EmbeddedServer:
 
     `settings` are written to postgresql.conf. With `host_authentication` it listens on a free port of
     127.0.0.1 as well, which stays the same across restarts. `standby_of` is the URL of another one, of which it
-    becomes a hot standby.
+    becomes a hot standby; `installed_at` the directory of another PostgreSQL, with its `bin`, to be run in place of
+    the wheel's.
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class EmbeddedServer:
         settings: Mapping[str, str | int] | None = None,
         host_authentication: HostAuthentication | None = None,
         standby_of: str | None = None,
+        installed_at: Path | None = None,
     ) -> None:
         self._settings = {**DEFAULT_SETTINGS, **(settings or {})}
         self._host_authentication = host_authentication
         self._standby_of = standby_of
+        self._installed_at = installed_at
         self._keeper: subprocess.Popen[str] | None = None
         self._conversation = threading.Lock()
         self._directory: Path | None = None
@@ -176,7 +179,7 @@ class EmbeddedServer:
             **self._settings,
         }
         plan: dict[str, Any] = {
-            "installation": str(installation()),
+            "installation": str(self._installed_at or installation()),
             "port": self.port,
             "settings": {name: str(value) for name, value in settings.items()},
             "host_authentication": self._host_authentication,

@@ -140,7 +140,8 @@ class Keeper:
         outlive us.
         """
         needed = [self.installation / name for name in ("bin/postgres", "share/postgres.bki")]
-        if all(self.identity.can_read(path) for path in needed):
+        # A distribution's PostgreSQL has its `share` somewhere else, where everybody may read it.
+        if all(self.identity.can_read(path) for path in needed if path.exists()):
             return
         # The binaries look for the libraries that came with them beside the package, by relative path.
         package = self.installation.parent
