@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 from kit.loops import loop_factories
 from kit.mortal_server import MortalServer
+from kit.proxy import Proxy
 from kit.servers import Admin, PasswordServer, Server, create_users_with_odd_passwords
+from kit.tls import tls_settings
 from kit.waiting import eventually_blocking
 from psycopg.conninfo import make_conninfo
 
@@ -123,6 +125,53 @@ def password_server() -> Iterator[PasswordServer]:
     with EmbeddedServer(host_authentication="scram-sha-256") as embedded:
         create_users_with_odd_passwords(embedded)
         yield PasswordServer(embedded)
+
+
+@pytest.fixture(scope="session")
+def tls_server() -> Iterator[EmbeddedServer]:
+    """A server on TCP that takes TLS, with a certificate of its own making."""
+    with tls_settings() as (installation, settings):
+        with EmbeddedServer(settings=settings, host_authentication="trust", installed_at=installation) as embedded:
+            yield embedded
+
+
+@pytest.fixture(scope="session")
+def shared_tls_admin(tls_server: EmbeddedServer) -> Iterator[Admin]:
+    admin = Admin(tls_server.dsn())
+    yield admin
+    admin.close()
+
+
+@pytest.fixture
+def tls_admin(shared_tls_admin: Admin) -> Admin:
+    """A session on the server that takes TLS, past the pool and without TLS."""
+    return shared_tls_admin
+
+
+@pytest.fixture
+def tls_proxy(tls_server: EmbeddedServer) -> Iterator[Proxy]:
+    """A network of this test's own before the server that takes TLS; its `dsn` asks for TLS."""
+    with Proxy(tls_server.host_dsn(sslmode="require")) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def tls_dsn(tls_proxy: Proxy, application_name: str) -> str:
+    """The server that takes TLS, through `tls_proxy`, with this test's `application_name`."""
+    return make_conninfo(tls_proxy.dsn, application_name=application_name)
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    """A network of this test's own before the shared server."""
+    with Proxy(server.dsn) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxied_dsn(proxy: Proxy, application_name: str) -> str:
+    """The shared server through `proxy`, with this test's `application_name`."""
+    return make_conninfo(proxy.dsn, application_name=application_name)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -141,6 +141,13 @@ class Link:
             flow.source.close()
 
 
+class _Leg(NamedTuple):
+    """A part of a journey to and fro: to which counting of round trips it belongs, and its number in that."""
+
+    counting: int
+    number: int
+
+
 class _Flow:
     """One direction of a link: one task receives, another delivers."""
 
@@ -156,7 +163,7 @@ class _Flow:
         self._weather = FAIR
         self._passed = 0  # since the weather was applied
         self._changed = asyncio.Event()
-        self._queue: asyncio.Queue[tuple[float, int, bytes | None]] = asyncio.Queue(MAX_CHUNKS)
+        self._queue: asyncio.Queue[tuple[float, _Leg, bytes | None]] = asyncio.Queue(MAX_CHUNKS)
         self._tasks = [asyncio.ensure_future(work) for work in (self._receive(), self._deliver())]
 
     def apply(self, weather: Weather) -> None:
@@ -265,6 +272,7 @@ class Proxy:
         self._ignored: list[socket.socket] = []
         self._fillers: list[socket.socket] = []
         self._introductions: set[asyncio.Task[None]] = set()
+        self._count = 0
         self._legs = dict.fromkeys(Towards, 0)
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
@@ -335,24 +343,29 @@ class Proxy:
     # --- round trips ----------------------------------------------------------------------------------------
 
     def count_round_trips(self) -> None:
-        """Begin anew with `round_trips`."""
-        self._call(lambda: self._legs.update(dict.fromkeys(Towards, 0)))
+        """Begin anew with `round_trips`. What is under way now does not count."""
+        self._call(self._begin_count)
+
+    def _begin_count(self) -> None:
+        self._count += 1
+        self._legs = dict.fromkeys(Towards, 0)
 
     @property
     def round_trips(self) -> int:
         """How many journeys to the server and back followed from one another, over all links together, until now.
 
-        What is under way counts when it arrives. The one in which TCP itself connects, for each link, is counted too.
-        It holds if both sides answer at once compared with the latency.
+        The one in which TCP itself connects, for each link, is counted too. It holds if both sides take much less time
+        to answer than what is under way.
         """
         return (self._legs[Towards.CLIENT] + 1) // 2
 
-    def _depart(self, towards: Towards) -> int:
-        """The number of the leg that begins: one more than that of the last that arrived where it begins."""
-        return self._legs[Towards.CLIENT if towards is Towards.SERVER else Towards.SERVER] + 1
+    def _depart(self, towards: Towards) -> _Leg:
+        """A leg begins. Its number is one more than that of the last that arrived where it begins."""
+        return _Leg(self._count, self._legs[Towards.CLIENT if towards is Towards.SERVER else Towards.SERVER] + 1)
 
-    def _arrive(self, towards: Towards, leg: int) -> None:
-        self._legs[towards] = max(self._legs[towards], leg)
+    def _arrive(self, towards: Towards, leg: _Leg) -> None:
+        if leg.counting == self._count:
+            self._legs[towards] = max(self._legs[towards], leg.number)
 
     # --- in the proxy's own thread ----------------------------------------------------------------------------
 
@@ -438,7 +451,7 @@ class Proxy:
         if family == socket.AF_INET:
             server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._arrive(Towards.SERVER, leg)
-        self._arrive(Towards.CLIENT, leg + 1)
+        self._arrive(Towards.CLIENT, _Leg(leg.counting, leg.number + 1))
         for towards, source, sink in ((Towards.SERVER, client, server), (Towards.CLIENT, server, client)):
             flow = _Flow(self, link, towards, source, sink)
             flow.apply(self._weather[towards])

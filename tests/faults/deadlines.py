@@ -1,0 +1,32 @@
+"""How long past its deadline something ends. Each is logged: `pytest -o log_cli=true --log-cli-level=INFO`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+figures = logging.getLogger("figures")
+
+# Seconds that a busy machine may take beyond a deadline. On a quiet one nothing takes more than 0.1.
+MARGIN = 1.5
+
+
+def check_overrun(what: str, took: float, deadline: float) -> None:
+    """Assert that what took `took` seconds ended by its deadline, give or take the machine's own slowness."""
+    figures.info("%s: %+.1f ms beyond %g s", what, 1000 * (took - deadline), deadline)
+    assert took < deadline + MARGIN, f"{what} took {took:.3f} s, its deadline is {deadline:g} s"
+
+
+@contextmanager
+def ends_within(deadline: float, what: str) -> Iterator[None]:
+    """Assert that the block ends by its deadline, in seconds from now, however it ends."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        check_overrun(what, time.monotonic() - began, deadline)
