@@ -55,9 +55,20 @@ CHECK_TIMEOUT = 0.25
 PATIENCE = 25.0
 LATENCY = 0.3
 
-each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-each_direction = pytest.mark.parametrize(
-    "deaf", [Towards.SERVER, Towards.CLIENT, None], ids=["to server", "to client", "both ways"]
+DIRECTIONS = {"to server": Towards.SERVER, "to client": Towards.CLIENT, "both ways": None}
+ON_BOTH_LOOPS = [(task_cancel, "both ways"), (anyio_scope, "to client"), (anyio_scope, "both ways")]
+each_death = pytest.mark.parametrize(
+    ("way", "deaf"),
+    [
+        pytest.param(
+            way,
+            DIRECTIONS[deaf],
+            id=f"{way.__name__}-{deaf}",
+            marks=on_both_loops if (way, deaf) in ON_BOTH_LOOPS else (),
+        )
+        for way in WAYS
+        for deaf in DIRECTIONS
+    ],
 )
 
 
@@ -147,9 +158,7 @@ async def all_cancelled(dsn: str, works: Iterable[Callable[..., object]]) -> Asy
         yield leases
 
 
-@each_direction
-@each_way
-@on_both_loops
+@each_death
 async def test_a_cancelled_task_is_back_within_cancel_timeout_when_the_network_is_dead(
     proxy: Proxy, proxied_dsn: str, admin: Admin, application_name: str, way: Way, deaf: Towards | None
 ) -> None:
@@ -172,8 +181,7 @@ async def test_a_cancelled_task_is_back_within_cancel_timeout_when_the_network_i
         await asyncio.gather(*(lease.check(dead_since[0], way) for lease in leases))
 
 
-@each_direction
-@each_way
+@each_death
 async def test_one_that_is_cancelled_between_two_pieces_is_back_in_time_as_well(
     proxy: Proxy, proxied_dsn: str, way: Way, deaf: Towards | None
 ) -> None:
@@ -196,8 +204,9 @@ async def test_one_that_is_cancelled_between_two_pieces_is_back_in_time_as_well(
         await asyncio.gather(*(lease.check(dead_since[0], way) for lease in leases))
 
 
-@pytest.mark.parametrize("way", [task_cancel, anyio_scope], ids=lambda way: way.__name__)
-@on_both_loops
+@pytest.mark.parametrize(
+    "way", [task_cancel, pytest.param(anyio_scope, marks=on_both_loops)], ids=lambda way: way.__name__
+)
 async def test_a_cancelled_task_is_back_within_two_round_trips_when_the_server_can_hear_it(
     server: Server, admin: Admin, application_name: str, way: Way
 ) -> None:
