@@ -364,11 +364,27 @@ class Driver:
 
         What it leaves open is an error as well: the next user would inherit it.
         """
-        with anyio.fail_after(self._config.check_timeout):
-            answer = callback(connection)
-            if not inspect.isawaitable(answer):
-                raise TypeError(f"{name_of(callback)} must be async: it returned {type(answer).__name__}")
-            await answer
+        scope = anyio.CancelScope()
+
+        def expire() -> None:
+            # Nobody uses this connection again: its statement is not given `cancel_timeout` to end in good order.
+            scope.cancel()
+            connection._session.sever()
+
+        limit = asyncio.get_running_loop().call_later(self._config.check_timeout, expire)
+        try:
+            with scope:
+                answer = callback(connection)
+                if not inspect.isawaitable(answer):
+                    raise TypeError(f"{name_of(callback)} must be async: it returned {type(answer).__name__}")
+                await answer
+        except Exception:
+            if not scope.cancel_called:
+                raise
+        finally:
+            limit.cancel()
+        if scope.cancel_called:
+            raise TimeoutError
         check_nothing_open(callback, connection)
 
 

@@ -275,6 +275,8 @@ class Runner:
         running = self._tasks.get(slot)
         if scope := self._scopes.get(slot):
             scope.cancel()
+            if isinstance(slot.resource, Session):
+                slot.resource.sever()  # so that no callable's statement is given `cancel_timeout` to end in good order
         elif running is not None:
             running.cancel()  # it has not begun
         self._start(slot, "close", self._close(slot, running))

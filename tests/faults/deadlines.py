@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 figures = logging.getLogger("figures")
 
@@ -20,6 +20,11 @@ def check_overrun(what: str, took: float, deadline: float) -> None:
     """Assert that what took `took` seconds ended by its deadline, give or take the machine's own slowness."""
     figures.info("%s: %+.1f ms beyond %g s", what, 1000 * (took - deadline), deadline)
     assert took < deadline + MARGIN, f"{what} took {took:.3f} s, its deadline is {deadline:g} s"
+
+
+def altered(options: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """The same options of a pool but for these."""
+    return {**options, **changes}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from kit.waiting import eventually_blocking
 
 from asyncpool import CloseReason, PoolError, PoolTimeout, SyncPool
 
-from .deadlines import check_overrun, ends_within
+from .deadlines import altered, check_overrun, ends_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -231,7 +231,7 @@ def test_open_ends_in_time(proxy: Proxy, proxied_dsn: str, fault: str) -> None:
 
 @pytest.mark.parametrize("max_size", [1, 2])
 def test_a_stalled_idle_connection_is_replaced(proxy: Proxy, proxied_dsn: str, max_size: int) -> None:
-    with SyncPool(proxied_dsn, min_size=1, max_size=max_size, **{**PATIENT, "check_interval": 0}) as pool:
+    with SyncPool(proxied_dsn, min_size=1, max_size=max_size, **altered(PATIENT, check_interval=0)) as pool:
         proxy.links[0].apply(STALLED)
         with ends_within(CHECK_TIMEOUT * (2 if max_size == 1 else 1), f"check_timeout, SyncPool, max_size={max_size}"):
             assert_serves(pool)

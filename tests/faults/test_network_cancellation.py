@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from kit.loops import on_both_loops
+from kit.loops import on_uvloop
 from kit.proxy import FAIR, STALLED, Proxy, Towards, Weather
 from pool.interruptions import (
     PAUSES,
@@ -56,20 +56,8 @@ PATIENCE = 25.0
 LATENCY = 0.3
 
 DIRECTIONS = {"to server": Towards.SERVER, "to client": Towards.CLIENT, "both ways": None}
-ON_BOTH_LOOPS = [(task_cancel, "both ways"), (anyio_scope, "to client"), (anyio_scope, "both ways")]
-each_death = pytest.mark.parametrize(
-    ("way", "deaf"),
-    [
-        pytest.param(
-            way,
-            DIRECTIONS[deaf],
-            id=f"{way.__name__}-{deaf}",
-            marks=on_both_loops if (way, deaf) in ON_BOTH_LOOPS else (),
-        )
-        for way in WAYS
-        for deaf in DIRECTIONS
-    ],
-)
+each_death = pytest.mark.parametrize("deaf", DIRECTIONS.values(), ids=DIRECTIONS)
+each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 
 
 async def inside_transaction_block(conn: Connection) -> None:
@@ -159,6 +147,7 @@ async def all_cancelled(dsn: str, works: Iterable[Callable[..., object]]) -> Asy
 
 
 @each_death
+@each_way
 async def test_a_cancelled_task_is_back_within_cancel_timeout_when_the_network_is_dead(
     proxy: Proxy, proxied_dsn: str, admin: Admin, application_name: str, way: Way, deaf: Towards | None
 ) -> None:
@@ -181,7 +170,18 @@ async def test_a_cancelled_task_is_back_within_cancel_timeout_when_the_network_i
         await asyncio.gather(*(lease.check(dead_since[0], way) for lease in leases))
 
 
+@pytest.mark.parametrize("way", [task_cancel, anyio_scope], ids=lambda way: way.__name__)
+@on_uvloop
+async def test_so_it_is_on_uvloop(
+    proxy: Proxy, proxied_dsn: str, admin: Admin, application_name: str, way: Way
+) -> None:
+    await test_a_cancelled_task_is_back_within_cancel_timeout_when_the_network_is_dead(
+        proxy, proxied_dsn, admin, application_name, way, None
+    )
+
+
 @each_death
+@each_way
 async def test_one_that_is_cancelled_between_two_pieces_is_back_in_time_as_well(
     proxy: Proxy, proxied_dsn: str, way: Way, deaf: Towards | None
 ) -> None:
@@ -204,9 +204,7 @@ async def test_one_that_is_cancelled_between_two_pieces_is_back_in_time_as_well(
         await asyncio.gather(*(lease.check(dead_since[0], way) for lease in leases))
 
 
-@pytest.mark.parametrize(
-    "way", [task_cancel, pytest.param(anyio_scope, marks=on_both_loops)], ids=lambda way: way.__name__
-)
+@pytest.mark.parametrize("way", [task_cancel, anyio_scope], ids=lambda way: way.__name__)
 async def test_a_cancelled_task_is_back_within_two_round_trips_when_the_server_can_hear_it(
     server: Server, admin: Admin, application_name: str, way: Way
 ) -> None:
@@ -258,3 +256,10 @@ async def test_a_cancelled_task_is_back_within_two_round_trips_when_the_server_c
     assert round_trips == expected
     for name, count in expected.items():
         assert took[name] < count * 2 * LATENCY + MARGIN
+
+
+@on_uvloop
+async def test_so_many_round_trips_it_takes_on_uvloop(server: Server, admin: Admin, application_name: str) -> None:
+    await test_a_cancelled_task_is_back_within_two_round_trips_when_the_server_can_hear_it(
+        server, admin, application_name, anyio_scope
+    )

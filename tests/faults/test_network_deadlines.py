@@ -8,23 +8,22 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from kit.loops import on_both_loops
+from kit.loops import on_both_loops, on_uvloop
 from kit.proxy import BYTE_BY_BYTE, FAIR, GARBAGE, STALLED, Arrival, Proxy, Towards, Weather
 from kit.waiting import eventually
 from psycopg.conninfo import make_conninfo
 
-from asyncpool import CloseReason, Pool, PoolClosed, PoolTimeout
+from asyncpool import CloseReason, Pool, PoolClosed, PoolError, PoolTimeout
 
-from .deadlines import ends_within
+from .deadlines import altered, ends_within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kit.servers import Admin
 
 pytestmark = pytest.mark.usefixtures("no_bug_reported")
@@ -92,14 +91,7 @@ if sys.platform == "linux":
 
 each_fault = pytest.mark.parametrize("fault", FAULTS, ids=str)
 # Those that differ in how the event loop hears of them.
-ON_BOTH_LOOPS = {"refused", "reset", "stalled", "half-closed in the answer", "no answer to a SYN"}
-each_fault_some_on_both_loops = pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(fault, marks=on_both_loops if fault.name in ON_BOTH_LOOPS else (), id=fault.name)
-        for fault in FAULTS
-    ],
-)
+FAULTS_BY_EVENT = {"refused", "reset", "stalled", "half-closed in the answer", "no answer to a SYN"}
 
 
 def descriptors() -> int:
@@ -123,7 +115,7 @@ async def assert_serves(pool: Pool[Connection]) -> None:
 # --- connecting ---------------------------------------------------------------------------------------------
 
 
-@each_fault_some_on_both_loops
+@each_fault
 async def test_acquire_ends_in_time_whatever_becomes_of_the_connects(
     proxy: Proxy, proxied_dsn: str, fault: Fault
 ) -> None:
@@ -135,6 +127,12 @@ async def test_acquire_ends_in_time_whatever_becomes_of_the_connects(
         proxy.clear()
         await assert_serves(pool)
         assert pool.stats().connects == 1
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.name in FAULTS_BY_EVENT], ids=str)
+@on_uvloop
+async def test_acquire_ends_in_time_on_uvloop(proxy: Proxy, proxied_dsn: str, fault: Fault) -> None:
+    await test_acquire_ends_in_time_whatever_becomes_of_the_connects(proxy, proxied_dsn, fault)
 
 
 @each_fault
@@ -168,7 +166,7 @@ async def test_open_with_a_single_round_gives_the_error_itself(proxy: Proxy, pro
 async def test_each_attempt_has_the_whole_connect_timeout(proxy: Proxy, proxied_dsn: str) -> None:
     proxy.receive(Arrival.IGNORE)
     arrivals: list[float] = []
-    options = {**SECONDS, "connect_timeout": 0.3, "check_timeout": 0.1}
+    options: dict[str, Any] = {**SECONDS, "connect_timeout": 0.3, "check_timeout": 0.1}
     async with Pool(proxied_dsn, min_size=0, max_size=1, **options) as pool:
         waiting = asyncio.ensure_future(pool.acquire(timeout=20))
         for number in range(1, 4):
@@ -188,7 +186,7 @@ async def test_a_host_that_says_nothing_costs_its_own_connect_timeout(
     with Proxy(proxy.dsn) as dead:
         dead.receive(Arrival.IGNORE)
         dsn = make_conninfo(proxied_dsn, host="127.0.0.1,127.0.0.1", port=f"{dead.port},{proxy.port}")
-        async with Pool(dsn, min_size=0, max_size=1, **{**SECONDS, "acquire_timeout": 20}) as pool:
+        async with Pool(dsn, min_size=0, max_size=1, **altered(SECONDS, acquire_timeout=20)) as pool:
             with ends_within(CONNECT_TIMEOUT + 0.1, "acquire, the first of two hosts dead"):
                 conn = await pool.acquire()
             await pool.release(conn)
@@ -221,7 +219,7 @@ async def test_a_stalled_idle_connection_is_replaced_when_it_does_not_answer(
     proxy: Proxy, proxied_dsn: str, max_size: int, deaf: Towards | None
 ) -> None:
     """After `check_timeout` for the ping; with one place, after another for the server to end the session."""
-    options = {**SECONDS, "acquire_timeout": 20, "check_interval": 0}
+    options: dict[str, Any] = {**SECONDS, "acquire_timeout": 20, "check_interval": 0}
     async with Pool(proxied_dsn, min_size=1, max_size=max_size, **options) as pool:
         proxy.links[0].apply(STALLED, deaf)
         with ends_within(CHECK_TIMEOUT * (2 if max_size == 1 else 1), f"check_timeout, max_size={max_size}"):
@@ -244,7 +242,7 @@ async def test_a_connection_that_comes_back_over_a_stalled_socket_frees_its_plac
     proxy: Proxy, proxied_dsn: str, reset: Any
 ) -> None:
     """`check_timeout` for the clean-up, and another for the server to end the session."""
-    options = {**SECONDS, "acquire_timeout": 20}
+    options: dict[str, Any] = {**SECONDS, "acquire_timeout": 20}
     async with Pool(proxied_dsn, min_size=0, max_size=1, reset=reset, **options) as pool:
         conn = await pool.acquire()
         await conn.execute("select 1")
@@ -255,6 +253,77 @@ async def test_a_connection_that_comes_back_over_a_stalled_socket_frees_its_plac
             await assert_serves(pool)
         assert pool.stats().closes == {CloseReason.RESET_FAILED: 1}
         assert pool.stats().abandoned == 1
+
+
+async def ask(conn: Connection) -> None:
+    await conn.set_autocommit(True)
+    await conn.execute("select 1")
+    await conn.set_autocommit(False)
+
+
+CALLABLES: dict[str, dict[str, Any]] = {
+    "check": {"check": ask, "check_interval": 0},
+    "reset": {"reset": ask},
+}
+
+
+@pytest.mark.parametrize("option", CALLABLES)
+@pytest.mark.parametrize("max_size", [1, 2])
+async def test_a_callable_that_hangs_on_a_stalled_socket_has_no_more_than_check_timeout(
+    proxy: Proxy, proxied_dsn: str, option: str, max_size: int
+) -> None:
+    """With one place, its session has another for its end on the server."""
+    options = altered(SECONDS, acquire_timeout=20, cancel_timeout=1.5, **CALLABLES[option])
+    async with Pool(proxied_dsn, min_size=1, max_size=max_size, **options) as pool:
+        if option == "reset":
+            conn = await pool.acquire()
+            await conn.execute("select 1")
+            await conn.rollback()
+            proxy.links[0].apply(STALLED)
+            await pool.release(conn)
+        else:
+            proxy.links[0].apply(STALLED)
+        with ends_within(CHECK_TIMEOUT * (2 if max_size == 1 else 1), f"check_timeout, {option}=, {max_size}"):
+            await assert_serves(pool)
+        await eventually(lambda: sum(pool.stats().closes.values()) == 1)
+
+
+async def test_configure_on_a_stalled_socket_has_no_more_than_check_timeout(proxy: Proxy, proxied_dsn: str) -> None:
+    async def configure(conn: Connection) -> None:
+        proxy.links[0].apply(STALLED)
+        await ask(conn)
+
+    options = altered(SECONDS, acquire_timeout=20, cancel_timeout=1.5)
+    async with Pool(proxied_dsn, min_size=0, max_size=1, configure=configure, **options) as pool:
+        late = pytest.raises(PoolError, match="configure did not end in time")
+        with late, ends_within(2 * CHECK_TIMEOUT, "check_timeout, configure="):
+            await pool.acquire()
+
+
+async def test_setup_on_a_stalled_socket_has_no_more_than_check_timeout(proxy: Proxy, proxied_dsn: str) -> None:
+    async def setup(conn: Connection) -> None:
+        proxy.links[0].apply(STALLED)
+        await ask(conn)
+
+    options = altered(SECONDS, acquire_timeout=20, cancel_timeout=1.5)
+    async with Pool(proxied_dsn, min_size=1, max_size=1, setup=setup, **options) as pool:
+        late = pytest.raises(psycopg.OperationalError, match="setup did not end in time")
+        with late, ends_within(CHECK_TIMEOUT, "check_timeout, setup="):
+            await pool.acquire()
+        assert pool.stats().leased == 0
+
+
+async def test_close_waits_for_no_callable_that_hangs_on_a_stalled_socket(proxy: Proxy, proxied_dsn: str) -> None:
+    options = altered(SECONDS, check_timeout=1, cancel_timeout=10)
+    async with Pool(proxied_dsn, min_size=2, max_size=2, check=ask, **options) as pool:
+        proxy.apply(STALLED)
+        before = sum(link.received(Towards.SERVER) for link in proxy.links)
+        checking = asyncio.ensure_future(pool.check())
+        await eventually(lambda: sum(link.received(Towards.SERVER) for link in proxy.links) > before)
+        assert pool.stats().checking == 2
+        with ends_within(1, "check_timeout, close() in the midst of check="):
+            await pool.close()
+        await checking
 
 
 FORGOTTEN: dict[str, Callable[[Connection], Any]] = {
@@ -290,7 +359,7 @@ async def test_close_ends_in_time_with_every_socket_stalled(
     proxy: Proxy, proxied_dsn: str, timeout: float, arrival: Arrival
 ) -> None:
     """Some leased and not used, one in a transaction, one in a statement, one being reset, one connecting."""
-    async with Pool(proxied_dsn, min_size=0, max_size=6, **{**SECONDS, "connect_timeout": 10}) as pool:
+    async with Pool(proxied_dsn, min_size=0, max_size=6, **altered(SECONDS, connect_timeout=10)) as pool:
         conns = [await pool.acquire() for _ in range(5)]
         await conns[0].execute("select 1")
         await conns[1].execute("select 1")
@@ -372,7 +441,7 @@ async def pipeline(conn: Connection) -> None:
         await cursor.fetchall()
 
 
-EXCHANGES = [pytest.param(execute, marks=on_both_loops), read_stream, copy_out, pipeline]
+EXCHANGES: list[Callable[[Connection], Any]] = [execute, read_stream, copy_out, pipeline]
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda function: function.__name__)
@@ -381,10 +450,11 @@ async def test_what_breaks_in_the_midst_of_a_statement_is_told_clearly_and_repla
     proxy: Proxy, proxied_dsn: str, how: str, exchange: Callable[[Connection], Any]
 ) -> None:
     break_it, words = BREAKS[how]
-    async with Pool(proxied_dsn, min_size=0, max_size=1, autocommit=True, **{**SECONDS, "acquire_timeout": 20}) as pool:
+    async with Pool(
+        proxied_dsn, min_size=0, max_size=1, autocommit=True, **altered(SECONDS, acquire_timeout=20)
+    ) as pool:
         with pytest.raises(psycopg.Error) as raised, ends_within(0, f"error of what is {how}"):
             async with pool.acquire() as conn:
-                pid = conn.info.backend_pid
                 break_it(proxy)
                 async with asyncio.timeout(5):
                     await exchange(conn)
@@ -394,6 +464,11 @@ async def test_what_breaks_in_the_midst_of_a_statement_is_told_clearly_and_repla
             )
         assert re.search(words, str(raised.value)), raised.value
         proxy.clear()
-        async with pool.acquire() as conn:
-            assert conn.info.backend_pid != pid
         await assert_serves(pool)
+        assert pool.stats().connects == 2
+
+
+@pytest.mark.parametrize("how", BREAKS)
+@on_uvloop
+async def test_what_breaks_is_told_and_replaced_on_uvloop(proxy: Proxy, proxied_dsn: str, how: str) -> None:
+    await test_what_breaks_in_the_midst_of_a_statement_is_told_clearly_and_replaced(proxy, proxied_dsn, how, execute)

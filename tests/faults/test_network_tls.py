@@ -77,9 +77,9 @@ each_weather = pytest.mark.parametrize("weather", WEATHERS)
 @on_both_loops
 async def test_results_of_any_size_arrive_whole(tls_proxy: Proxy, tls_dsn: str, weather: str) -> None:
     """Around the sizes of a TLS record and of libpq's buffer, each in a statement of its own."""
-    sizes = [1, 100, 8_000, 16_300, 16_384, 16_500, 33_000]
+    sizes = [1, 100, 8_000, 16_500]
     if weather != "one byte at a time":
-        sizes += [65_536, 300_000, 5_000_000]
+        sizes += [16_300, 16_384, 33_000, 65_536, 300_000, 5_000_000]
     async with Pool(tls_dsn, max_size=1, autocommit=True) as pool, pool.acquire() as conn:
         tls_proxy.apply(WEATHERS[weather])
         for size in sizes:
@@ -189,7 +189,7 @@ LOGIN_FAULTS: dict[str, Callable[[int], Weather]] = {
 async def test_a_fault_in_the_handshake_keeps_the_deadlines(
     tls_proxy: Proxy, tls_dsn: str, fault: str, tls_admin: Admin, application_name: str
 ) -> None:
-    options = {**SECONDS, "acquire_timeout": 0.5, "connect_timeout": 0.2}
+    options: dict[str, Any] = {**SECONDS, "acquire_timeout": 0.5, "connect_timeout": 0.2}
     async with Pool(tls_dsn, min_size=0, max_size=1, **options) as pool:
         conn = await pool.acquire()
         size_of_login = tls_proxy.links[0].delivered(Towards.CLIENT)
@@ -320,7 +320,8 @@ async def test_the_server_never_counts_more_than_max_size(
 # --- cancellation -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", [task_cancel, pytest.param(anyio_scope, marks=on_both_loops)], ids=lambda w: w.__name__)
+@pytest.mark.parametrize("way", [task_cancel, anyio_scope], ids=lambda way: way.__name__)
+@on_both_loops
 async def test_a_cancelled_statement_ends_and_its_connection_goes_on(
     tls_dsn: str, tls_admin: Admin, application_name: str, way: Way
 ) -> None:
@@ -368,7 +369,8 @@ async def test_what_is_cancelled_between_two_pieces_ends_and_its_connection_goes
     await asyncio.gather(*(cancel_one(pause) for pause in PAUSES))
 
 
-@pytest.mark.parametrize("way", [task_cancel, pytest.param(anyio_scope, marks=on_both_loops)], ids=lambda w: w.__name__)
+@pytest.mark.parametrize("way", [task_cancel, anyio_scope], ids=lambda way: way.__name__)
+@on_both_loops
 async def test_a_cancelled_task_is_back_within_cancel_timeout_when_the_network_is_dead(
     tls_proxy: Proxy, tls_dsn: str, tls_admin: Admin, application_name: str, way: Way
 ) -> None:
