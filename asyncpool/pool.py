@@ -125,7 +125,7 @@ class Pool(Generic[C]):
 
         Raises the server's own error if it is final (wrong password, unknown database), and PoolTimeout, with the
         last connect error as its cause, if the server is not there in time. After an error, or a cancellation,
-        the pool is closed.
+        the pool is closed, for which sessions that were there, or half there, are given up to `check_timeout`.
         """
         check_event_loop()
         limit = self._config.acquire_timeout if isinstance(timeout, Default) else timeout

@@ -11,6 +11,8 @@ import pytest
 # Where uvloop is not installed, its half is skipped and says so.
 on_both_loops = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
+on_uvloop = pytest.mark.asyncio(loop_factories=["uvloop"])
+
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
