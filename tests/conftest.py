@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -130,9 +131,10 @@ def password_server() -> Iterator[PasswordServer]:
 @pytest.fixture(scope="session")
 def tls_server() -> Iterator[EmbeddedServer]:
     """A server on TCP that takes TLS, with a certificate of its own making."""
-    with tls_settings() as (installation, settings):
-        with EmbeddedServer(settings=settings, host_authentication="trust", installed_at=installation) as embedded:
-            yield embedded
+    with ExitStack() as stack:
+        installation, settings = stack.enter_context(tls_settings())
+        server = EmbeddedServer(settings=settings, host_authentication="trust", installed_at=installation)
+        yield stack.enter_context(server)
 
 
 @pytest.fixture(scope="session")
