@@ -125,11 +125,7 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
             session.refused_write = True
             raise
         except asyncio.CancelledError:
-            half_way = gen if future.cancelled() else None
-            if timer is not None and timeout is None and getattr(gen, "gi_code", None) is _TRANSACTION_EXIT:
-                await session.await_rollback(half_way)
-            else:
-                await self._end_statement(half_way)
+            await self._end_wait(gen, half_way=future.cancelled(), ends_block=timer is not None and timeout is None)
             raise
         except GeneratorExit:
             session.sever()  # the coroutine was closed: nobody can wait for the statement's end
@@ -163,6 +159,14 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
         if task.cancelling() > cancellations:
             await self._end_statement(None)
             raise asyncio.CancelledError
+
+    async def _end_wait(self, gen: PQGen[Any], *, half_way: bool, ends_block: bool) -> None:
+        """After a cancellation in the midst of a wait."""
+        rest = gen if half_way else None
+        if ends_block and getattr(gen, "gi_code", None) is _TRANSACTION_EXIT:
+            await self._session.await_rollback(rest)
+        else:
+            await self._end_statement(rest)
 
     async def _end_statement(self, gen: PQGen[Any] | None) -> None:
         """After a cancellation. In pipeline mode there is something to end also before it was sent."""

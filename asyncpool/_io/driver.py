@@ -262,10 +262,9 @@ class Driver:
             try:
                 await self._call(self._config.configure, session)
             except Exception as ex:
-                # Severed in the event loop: the server was not heard any more, which is no answer. For threads that is
-                # how a callable is stopped that does not end.
-                unheard = session.pgconn.status == BAD and not self.shared
-                failure = ConnectFailure.TRANSIENT if session.is_lost or unheard else ConnectFailure.FINAL
+                # One that did not end in time may have waited for a server that is not heard, which is no answer.
+                unheard = session.is_lost or isinstance(ex, TimeoutError)
+                failure = ConnectFailure.TRANSIENT if unheard else ConnectFailure.FINAL
                 raise ConnectFailed(_as_error("configure", ex), failure, CloseReason.CONFIGURE_FAILED) from None
         session.baseline = Baseline(session.connection)
 
@@ -365,11 +364,14 @@ class Driver:
         What it leaves open is an error as well: the next user would inherit it.
         """
         scope = anyio.CancelScope()
+        session: Session = connection._session
+        lease = session.lease
 
         def expire() -> None:
             # Nobody uses this connection again: its statement is not given `cancel_timeout` to end in good order.
             scope.cancel()
-            connection._session.sever()
+            if session.lease == lease:  # else `setup` has given it back, and then hung
+                session.sever()
 
         limit = asyncio.get_running_loop().call_later(self._config.check_timeout, expire)
         try:

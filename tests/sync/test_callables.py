@@ -14,7 +14,7 @@ from kit.threads import in_thread
 from kit.waiting import eventually_blocking
 from psycopg.rows import dict_row, tuple_row
 
-from asyncpool import CloseReason, PoolError, SyncPool
+from asyncpool import CloseReason, PoolError, PoolTimeout, SyncPool
 
 from .pools import Connection, assert_unharmed, first_value
 
@@ -191,7 +191,7 @@ def test_a_callable_that_hangs_stalls_nobody_else(dsn: str, role: str, harm: Cal
 def test_a_connection_that_configure_spoiled_is_not_used(dsn: str, harm: Callback) -> None:
     configure = Misdeed(harm)
     with SyncPool(dsn, min_size=0, max_size=1, check_timeout=SHORT, configure=configure) as pool:
-        if harm is not lose_the_connection:
+        if harm not in (lose_the_connection, hang, hang_in_a_statement, hang_and_go_on):
             # As final as a wrong password: nobody is left to wait for what will not get better.
             with pytest.raises(PoolError, match="cannot connect"):
                 pool.getconn(timeout=10)
@@ -227,10 +227,8 @@ def test_open_raises_what_configure_raised(dsn: str) -> None:
 
 @pytest.mark.parametrize("harm", [hang, hang_in_a_statement])
 def test_open_tells_of_a_configure_that_does_not_end(dsn: str, harm: Callback) -> None:
-    began = time.monotonic()
-    with pytest.raises(psycopg.OperationalError, match="configure did not end"):
-        SyncPool(dsn, configure=harm, check_timeout=SHORT, acquire_timeout=3).open()
-    assert time.monotonic() - began < 2
+    with pytest.raises(PoolTimeout, match="configure did not end"):
+        SyncPool(dsn, configure=harm, check_timeout=SHORT, acquire_timeout=1).open()
 
 
 @each_harm
