@@ -102,6 +102,8 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
             state = next(gen)
         except StopIteration as done:
             session.lift_limit()
+            if getattr(gen, "gi_code", None) is _PIPELINE_BEGIN:
+                return cast(RV, done.value)
             try:
                 await reader.let_others_run()
             except asyncio.CancelledError:
@@ -241,6 +243,10 @@ _TRANSACTION_EXIT = cast(FunctionType, BaseTransaction._exit_gen).__code__
 _BLOCK_ENDS = frozenset(
     {_TRANSACTION_EXIT, *(cast(FunctionType, function).__code__ for function in (copy_end, BasePipeline._exit_gen))}
 )
+
+
+# By this it begins one. A cancellation behind it would leave the block entered, and never to be left.
+_PIPELINE_BEGIN = cast(FunctionType, BasePipeline._enter_gen).__code__
 
 
 def _ends_cancelled_block(gen: PQGen[Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from kit.loops import on_both_loops
@@ -191,3 +191,27 @@ async def test_a_statement_that_waits_for_another_tasks_statement_can_be_cancell
         await asyncio.wait([waiting])
         assert waiting.cancelled()
         await running
+
+
+async def test_a_cancellation_when_a_pipeline_has_just_been_entered_keeps_the_connection(dsn: str) -> None:
+    async with Pool(dsn, min_size=1, max_size=1) as pool:
+        async with pool.acquire() as conn:
+            pid = conn.info.backend_pid
+
+        async def enter() -> None:
+            async with pool.acquire() as conn:
+                # as if what never waits for the server had kept the event loop from the others for long
+                cast(Any, conn)._session.reader.yielded_at = 0.0
+                async with conn.pipeline():
+                    await asyncio.Event().wait()
+
+        for turns in range(1, 6):
+            task = asyncio.create_task(enter())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled(), task.exception()
+
+        async with pool.acquire() as conn:
+            assert conn.info.backend_pid == pid

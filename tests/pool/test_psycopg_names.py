@@ -25,6 +25,7 @@ TESTED = {
     "_deferrable",
     "_dumpers",
     "_dumpers_by_oid",
+    "_enter_gen",
     "_exit_gen",
     "_isolation_level",
     "_loaders",
