@@ -57,6 +57,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def chaos(session: nox.Session) -> None:
+    """Storms of cancelled tasks, dying servers and failing callables, for 10 minutes, or as told after `--`."""
+    session.install(".[demo]", *group("test"))
+    session.run("python", "-m", "faults.chaos", *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """The tests under coverage, and what they miss."""
     session.install("--editable", ".[demo]", *group("test"), *group("coverage"))
