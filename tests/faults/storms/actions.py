@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psycopg
 from pool.leftovers import stream
+from psycopg.rows import dict_row, namedtuple_row, tuple_row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -166,15 +167,15 @@ async def advisory_lock(client: Client, conn: Connection) -> None:
 
 
 async def change_client_state(client: Client, conn: Connection) -> None:
-    conn.row_factory = psycopg.rows.dict_row
+    conn.row_factory = dict_row
     conn.add_notice_handler(lambda _: None)
     conn.prepare_threshold = 1
     if conn.pgconn.transaction_status == IDLE and not conn.autocommit:
         await conn.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
-    conn.row_factory = psycopg.rows.tuple_row if client.rng.random() < 0.5 else psycopg.rows.namedtuple_row
+    conn.row_factory = tuple_row if client.rng.random() < 0.5 else namedtuple_row
     await conn.execute("select 1")
     # What other actions of the same lease compare their answers with.
-    conn.row_factory = psycopg.rows.tuple_row
+    conn.row_factory = tuple_row
     conn.cursor_factory = psycopg.AsyncClientCursor
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from pool.leftovers import LEFTOVERS
+from psycopg.rows import tuple_row
 
 from asyncpool import PoolError, PoolTimeout
 
@@ -67,7 +68,7 @@ class Client:
             self._provoked = (Failure, psycopg.errors.DivisionByZero, psycopg.errors.RaiseException)
             try:
                 await self._draw_lease()()
-            except Exception as error:  # noqa: BLE001 — judged
+            except Exception as error:
                 self._judge(error)
                 if task.cancelling() > cancellations:
                     self._judge_instead_of_cancellation(error)
@@ -92,8 +93,8 @@ class Client:
         self.record.violation(f"unexpected: {_told(error)}")
 
     def _judge_instead_of_cancellation(self, error: BaseException) -> None:
-        """A block of psycopg's, a server-side cursor's for one, may fail to end on a connection that was lost meanwhile,
-        and says so in the midst of a cancellation. All else may not take its place.
+        """A block of psycopg's, a server-side cursor's for one, may fail to end on a connection that was lost, and say
+        so in the midst of a cancellation. Nothing else may take its place.
         """
         told = self._told_instead(error)
         self.record.expect(self.plan.loses_sessions and told, f"a cancellation became this: {_told(error)}")
@@ -141,7 +142,7 @@ class Client:
         found = conn.pgconn.transaction_status
         self.record.expect(found == status or conn.closed, f"handed out with transaction status {found}")
         self.record.expect(conn.autocommit is self.plan.autocommit, "handed out with another's autocommit")
-        self.record.expect(conn.row_factory is psycopg.rows.tuple_row, "handed out with another's row_factory")
+        self.record.expect(conn.row_factory is tuple_row, "handed out with another's row_factory")
         self.record.expect(conn.isolation_level is None, "handed out with another's isolation level")
         self.record.expect(conn.cursor_factory is psycopg.AsyncCursor, "handed out with another's cursor_factory")
         return conn

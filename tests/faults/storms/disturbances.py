@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from random import Random
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from asyncpool import Pool
@@ -39,8 +39,8 @@ async def terminate(_: Pool, __: Plan, grounds: Grounds, rng: Random) -> None:
 
 async def restart(_: Pool, __: Plan, grounds: Grounds, rng: Random) -> None:
     assert grounds.embedded is not None
-    mode = cast("StopMode", rng.choice(("fast", "immediate", "kill")))
-    await asyncio.to_thread(grounds.embedded.restart, mode)
+    modes: tuple[StopMode, ...] = ("fast", "immediate", "kill")
+    await asyncio.to_thread(grounds.embedded.restart, rng.choice(modes))
 
 
 # How long it is quiet in between, in seconds, on average.

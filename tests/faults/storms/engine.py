@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from time import monotonic
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .grounds import Grounds
     from .plan import Plan
 
-# Seconds in which a storm must be over, whatever happens in it.
-LONGEST = 60.0
+# Seconds in which at least one task must end: longer than any of them may wait for a connection.
+LONGEST = 3 * PATIENT
 
 
 def run_storm(plan: Plan, grounds: Grounds) -> Record:
@@ -99,7 +99,7 @@ async def _rage(plan: Plan, pool: Any, grounds: Grounds, record: Record) -> None
             await run(plan, number, pool, grounds, record)
 
     lanes = [asyncio.create_task(lane(), name=f"storm: lane {number}") for number in range(plan.crowd)]
-    _, hanging = await asyncio.wait(lanes, timeout=LONGEST)
+    hanging = await _hanging(lanes, record)
     if hanging:
         record.violation(f"{len(hanging)} tasks hang: {_where(asyncio.all_tasks())}; {pool!r}; {pool.holders()}")
         for task in hanging:
@@ -111,6 +111,16 @@ async def _rage(plan: Plan, pool: Any, grounds: Grounds, record: Record) -> None
             await ended
         except Exception as error:  # noqa: BLE001 — told with the others
             record.violation(f"the storm's own {ended.get_name()}: {error!r}")
+
+
+async def _hanging(lanes: Sequence[asyncio.Task[None]], record: Record) -> set[asyncio.Task[None]]:
+    """Those that are left when none has got on any more; empty when all have ended."""
+    ended = -1
+    running = set(lanes)
+    while running and ended < record.operations["tasks"]:
+        ended = record.operations["tasks"]
+        _, running = await asyncio.wait(running, timeout=LONGEST)
+    return running
 
 
 async def _collect(over: asyncio.Event) -> None:
@@ -134,6 +144,7 @@ async def _run_thread(plan: Plan, number: int, pool: SyncPool, grounds: Grounds,
     client = ThreadClient(plan, number, pool, grounds.table, record)
     await asyncio.to_thread(client.run)
     record.operations += client.operations
+    record.operations["tasks"] += 1
     record.errors += client.errors
 
 

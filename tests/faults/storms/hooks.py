@@ -29,7 +29,7 @@ class Hooks:
         self._rng = Random(f"{plan.seed}/hooks")
         self.harmless = True
 
-    def options(self) -> dict[str, Callable[[Any], object]]:
+    def options(self) -> dict[str, Any]:
         """As the pool's keywords."""
         return {name: self._make(name) for name in sorted(self._plan.hooks)}
 

@@ -30,7 +30,7 @@ class Kind:
         """The storm of that seed; `fixed` instead of what is drawn."""
         rng = Random(f"{self.name}/{seed}")
         min_size, max_size = rng.choice(SIZES)
-        common = {
+        common: dict[str, Any] = {
             "tasks": rng.choice((200, 500, 1000, 2000)),
             "crowd": max_size * rng.choice((1, 3, 10)) + rng.randrange(5),
             "loop": rng.choice(sorted(loop_factories())),

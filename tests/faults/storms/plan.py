@@ -55,8 +55,10 @@ class Plan:
 
     def describe(self) -> str:
         """In a line, for whoever looks at a failure."""
+        workers = "threads" if self.threads else "tasks"
+        debug = " in debug mode" if self.debug_loop else ""
         parts = [
-            f"{self.tasks} {'threads' if self.threads else 'tasks'}, {self.crowd} at a time, on {self.loop}{' in debug mode' if self.debug_loop else ''}",
+            f"{self.tasks} {workers}, {self.crowd} at a time, on {self.loop}{debug}",
             f"{self.min_size} to {self.max_size} connections",
             f"reset={self.reset}",
             "autocommit" if self.autocommit else "",

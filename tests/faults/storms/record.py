@@ -89,8 +89,8 @@ def nothing_unseen(record: Record) -> Iterator[None]:
         loop = asyncio.get_running_loop()
     except RuntimeError:
         loop = None
+    former_handler = loop.get_exception_handler() if loop is not None else None
     if loop is not None:
-        former_handler = loop.get_exception_handler()
         loop.set_exception_handler(lambda _, context: record.violation(f"the event loop was told: {context!r}"))
     former_hook = sys.unraisablehook
 

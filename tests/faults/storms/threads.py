@@ -1,4 +1,4 @@
-"""A thread of a storm on a SyncPool: the same as `client.py`, with what threads have for cancellation: timeouts and errors."""
+"""A thread of a storm on a SyncPool: as `client.py`, with what threads have in place of cancellation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg.rows import tuple_row
 
 from asyncpool import PoolError, PoolTimeout
 
@@ -56,7 +57,6 @@ class ThreadClient:
                 self._draw_lease()()
             except Exception as error:  # noqa: BLE001 — judged
                 self._judge(error)
-        self.operations["tasks"] += 1
 
     def _draw_lease(self) -> Callable[[], None]:
         messy = [self.close, self.put_back_twice, self.put_back_to_be_closed, self.leave_in_a_transaction]
@@ -84,7 +84,7 @@ class ThreadClient:
         found = conn.pgconn.transaction_status
         self.record.expect(found == status or conn.closed, f"handed out with transaction status {found}")
         self.record.expect(conn.autocommit is self.plan.autocommit, "handed out with another's autocommit")
-        self.record.expect(conn.row_factory is psycopg.rows.tuple_row, "handed out with another's row_factory")
+        self.record.expect(conn.row_factory is tuple_row, "handed out with another's row_factory")
         return pid
 
     # --- leases ---------------------------------------------------------------------------------------------
@@ -215,7 +215,10 @@ class ThreadClient:
 
     def write(self, conn: Connection) -> None:
         rows = self._new_rows(1)
-        self._write(conn, rows, lambda: conn.execute(f"insert into {self.table} values (%s)".encode(), rows) and None)
+        self._write(conn, rows, lambda: self._insert(conn, rows))
+
+    def _insert(self, conn: Connection, rows: list[int]) -> None:
+        conn.execute(f"insert into {self.table} values (%s)".encode(), rows)
 
     def copy_in(self, conn: Connection) -> None:
         rows = self._new_rows(3)
