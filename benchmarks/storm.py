@@ -124,12 +124,12 @@ async def cancel_scope(work: Callable[[], Awaitable[None]], delay: float, outcom
     try:
         with anyio.move_on_after(delay) as scope:
             await work()
-    except Exception:  # whatever it is: the scope was to end it
+    except Exception:  # noqa: BLE001 — whatever it is: the scope was to end it
         outcome.swallowed += scope.cancel_called
 
 
 async def race(one: Callable[[int, float], Awaitable[None]], seed: int, options: Any, outcome: Outcome) -> None:
-    """The first of `--at-once` tasks that has its answer wins, and the others are cancelled; again until all were run."""
+    """The first of `--at-once` tasks wins, and the others are cancelled; then the next ones, until all were run."""
     rng = random.Random(seed)
     for first in range(0, options.tasks, options.at_once):
         tasks = [
@@ -185,7 +185,7 @@ async def count_left(pool: Contender, patience: float) -> int:
                 async with asyncio.timeout(patience):
                     conn = await stack.enter_async_context(pool.block())
                     left += await pool.ask(conn, number, 0.0) == number
-            except Exception as error:  # told by what is not counted
+            except Exception as error:  # noqa: BLE001 — told by what is not counted
                 print(f"    {type(error).__name__}: {error}", file=sys.stderr)
         return left
 
@@ -217,8 +217,8 @@ async def one_round(name: str, way: str, url: str, seed: int, options: Any) -> O
 # --- the table ----------------------------------------------------------------------------------------------
 
 NOTE = (
-    "Summed over the rounds, but for 'left', which has a figure for each: the connections of 4 that could still be had.\n"
-    "replaced: sessions that cancellations have cost. swallowed: cancelled tasks that went on, or raised something else."
+    "left: the connections that could still be had, in each round; the rest is summed over the rounds. replaced: sessions\n"
+    "that are gone. swallowed: cancelled tasks that went on, or raised something else. hanging: tasks that never ended."
 )
 
 
@@ -251,7 +251,9 @@ def main() -> None:
     if options.json:
         harness.show_json({"machine": where, "tasks": options.tasks, "seed": options.seed, "storms": document})
     else:
-        what = f"{where}\n{options.rounds} storms of {options.tasks} tasks, {options.at_once} at once, seed {options.seed}."
+        what = (
+            f"{where}\n{options.rounds} rounds of {options.tasks} tasks, {options.at_once} at once; seed {options.seed}"
+        )
         harness.show([Table(columns, rows, f"{what}\n{NOTE}")])
 
 
