@@ -217,8 +217,8 @@ async def one_round(name: str, way: str, url: str, seed: int, options: Any) -> O
 # --- the table ----------------------------------------------------------------------------------------------
 
 NOTE = (
-    "left: the connections that could still be had, in each round; the rest is summed over the rounds. replaced: sessions\n"
-    "that are gone. swallowed: cancelled tasks that went on, or raised something else. hanging: tasks that never ended."
+    "left: the connections that could still be had, in each round; the rest is summed over the rounds.\n"
+    "replaced: sessions that are gone. swallowed: cancelled tasks that went on, or raised something else."
 )
 
 
