@@ -102,13 +102,8 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
             state = next(gen)
         except StopIteration as done:
             session.lift_limit()
-            if getattr(gen, "gi_code", None) is _PIPELINE_BEGIN:
-                return cast(RV, done.value)
-            try:
-                await reader.let_others_run()
-            except asyncio.CancelledError:
-                await self._end_statement(None)
-                raise
+            if getattr(gen, "gi_code", None) is not _PIPELINE_BEGIN:
+                await self._let_others_run()
             result: RV = done.value
             return result
         except BaseException as ex:
@@ -140,6 +135,13 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
                 session.in_transaction = self.pgconn.transaction_status != IDLE
             elif not self._autocommit:
                 session.in_transaction = True
+
+    async def _let_others_run(self) -> None:
+        try:
+            await self._session.reader.let_others_run()
+        except asyncio.CancelledError:
+            await self._end_statement(None)
+            raise
 
     def _check_use(self, session: Session) -> None:
         if session.lease == NOT_LEASED:
