@@ -21,8 +21,8 @@ class ConnectFailure(IntEnum):
     FINAL = 0
     """The answer will be the same again: wrong password, unknown database, a `configure` that raises."""
     REFUSED = 1
-    """The server is down, starting, or not of the role that was asked for: trying is cheap, and it may be back, or
-    promoted, at any moment."""
+    """The server is down, silent, starting, or not of the role that was asked for: one try at a time costs it little,
+    and it may be back, or promoted, at any moment."""
     TRANSIENT = 2
 
 

@@ -25,8 +25,8 @@ _REFUSED_STATES = frozenset({"57P03"})
 # It is there, and not of the role that `target_session_attrs` asks for. libpq's own words, without SQLSTATE; where
 # it speaks another language such a failure counts as any other.
 _WRONG_ROLE = re.compile(r"session is (?:not )?read-only|server is (?:not )?in hot standby mode")
-# Nobody listens: on TCP, and on a Unix socket.
-_REFUSED_ERRNOS = (errno.ECONNREFUSED, errno.ENOENT)
+# Nobody listens, on TCP and on a Unix socket, or nobody is there.
+_REFUSED_ERRNOS = (errno.ECONNREFUSED, errno.ENOENT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
 class ConnectFailed(Exception):

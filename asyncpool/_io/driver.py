@@ -205,7 +205,8 @@ class Driver:
                     return pgconn
                 raise failure_of(pgconn, redactor)
             words = f"connection timeout expired after {self._connect_timeout:g} s"
-            raise ConnectFailed(named(e.ConnectionTimeout, attempt_on(attempt, redactor) + words), _T)
+            error = named(e.ConnectionTimeout, attempt_on(attempt, redactor) + words)
+            raise ConnectFailed(error, ConnectFailure.REFUSED)
         except BaseException:
             await self._give_up(pgconn, patience)
             raise
