@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from .errors import PoolClosed, PoolDeadlock, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
-from .events import CloseReason, Holder, PoolStats
+from .errors import (
+    CommitOutcomeUnknown,
+    PoolClosed,
+    PoolDeadlock,
+    PoolError,
+    PoolTimeout,
+    TooManyWaiting,
+    WrongLoop,
+)
+from .events import CloseReason, CommitStatus, Holder, PoolStats
 from .pool import Pool
 from .sync import SyncPool
 
 __all__ = [
     "CloseReason",
+    "CommitOutcomeUnknown",
+    "CommitStatus",
     "Holder",
     "Pool",
     "PoolClosed",

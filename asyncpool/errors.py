@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from psycopg import OperationalError
+from psycopg.errors import TransactionResolutionUnknown
 
 
 class PoolError(OperationalError):
@@ -31,3 +34,35 @@ class TooManyWaiting(PoolError):
 
 class WrongLoop(PoolError):
     """The pool, or a connection of it, was used from another event loop than the one it was opened in."""
+
+
+class CommitOutcomeUnknown(TransactionResolutionUnknown):
+    """The connection was lost while its COMMIT was on its way: it may be committed, or not. An OperationalError with
+    SQLSTATE 08007, with the connection's error as its `__cause__`; any other error of a COMMIT means: not committed.
+
+    No PoolError, because after one of those nothing is committed, and whoever tries again after it does no harm. After
+    this one look for what was written first, or ask `pool.commit_status(error)`, which wants
+    `pool.transaction(track_outcome=True)`. After `tpc_commit()` look into `pg_prepared_xacts`: while the transaction is
+    there, it can be committed again.
+
+    It can be pickled, and asked about by another process's pool.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        xid: int | None = None,
+        system_identifier: int | None = None,
+        timeline: int | None = None,
+        epoch: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.xid = xid
+        """The transaction's 64-bit id; None if it had written nothing, or was not tracked."""
+        self.system_identifier = system_identifier
+        """Which cluster gave that id; None if the transaction was not tracked."""
+        self.timeline = timeline
+        """Its timeline then; None for a standby."""
+        self.epoch = epoch
+        """What changes when that server crashes."""

@@ -27,6 +27,19 @@ class CloseReason(StrEnum):
     POOL_CLOSED = "pool_closed"
 
 
+class CommitStatus(StrEnum):
+    """What `commit_status()` says of a transaction whose COMMIT was lost."""
+
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    IN_PROGRESS = "in progress"
+    """The server still works on it, or has not noticed yet that its client is gone. Ask again."""
+    NOTHING_WRITTEN = "nothing written"
+    """It had no id, so that there was nothing to lose but what a COMMIT itself does, such as NOTIFY."""
+    UNKNOWN = "unknown"
+    """Not tracked, another server or timeline, too long ago, or a crash since then which may have lost it."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolStats:
     """A pool at one instant. `size` is the sum of the connections; totals count since the pool was last opened."""

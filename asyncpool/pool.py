@@ -18,7 +18,8 @@ from psycopg import AsyncConnection
 from psycopg.rows import AsyncRowFactory, TupleRow
 
 from ._core.states import PoolPhase, SlotState
-from ._io.acquisition import DEFAULT, Acquisition, Default
+from ._io.acquisition import DEFAULT, Acquisition, Default, check_not_failed
+from ._io.commit import ask_status, known_status, track
 from ._io.connection import PooledConnection
 from ._io.driver import Conninfo, Driver, check_event_loop
 from ._io.leases import Leases, logger
@@ -33,8 +34,8 @@ from .config import (
     split_options,
 )
 from .conninfo import CONNECT_OPTIONS, check_option_names
-from .errors import PoolClosed, PoolError, PoolTimeout
-from .events import Holder, PoolStats
+from .errors import CommitOutcomeUnknown, PoolClosed, PoolError, PoolTimeout
+from .events import CommitStatus, Holder, PoolStats
 from .options import Options
 
 _NOT_A_LEASE = (NOT_LEASED, POOLS_OWN)
@@ -258,10 +259,16 @@ class Pool(Generic[C]):
             leases.end_lease(pooled)
         return leases.finished
 
-    def transaction(self, timeout: float | Default | None = DEFAULT) -> AbstractAsyncContextManager[C]:
+    def transaction(
+        self, timeout: float | Default | None = DEFAULT, *, track_outcome: bool = False
+    ) -> AbstractAsyncContextManager[C]:
         """A connection inside a transaction, also with autocommit: `async with pool.transaction() as conn`.
 
-        Raises as `acquire()` does, and what the COMMIT raises.
+        `track_outcome` takes one more round trip before the COMMIT, to learn the transaction's id, by which
+        `commit_status()` can find out what became of it if the connection is lost in the midst of the COMMIT.
+
+        Raises as `acquire()` does, what the COMMIT raises, CommitOutcomeUnknown if it was lost, and PoolError if
+        the block ends in a failed transaction, which is rolled back.
         """
         runner = self._runner
         if runner is None:
@@ -269,7 +276,27 @@ class Pool(Generic[C]):
         if timeout is not DEFAULT:
             check_timeout("timeout", timeout)
         frame = _getframe(1)
-        return _in_transaction(Acquisition(runner, timeout, frame.f_code, frame.f_lasti))
+        acquisition = Acquisition[C](runner, timeout, frame.f_code, frame.f_lasti)
+        return _in_transaction(self.name, acquisition, track_outcome=track_outcome)
+
+    async def commit_status(
+        self, error: CommitOutcomeUnknown, timeout: float | Default | None = DEFAULT
+    ) -> CommitStatus:
+        """What became of a transaction whose COMMIT was lost, as a server of this pool knows it: committed, aborted,
+        in progress, nothing written, or unknown. It is for blocks of `transaction(track_outcome=True)`, and unknown of
+        all others.
+
+        A connection is acquired for it, within `timeout` seconds. On another cluster or timeline, as after a failover,
+        the answer is unknown; also after a crash of the server, if it says committed: it may say so of a later
+        transaction, which got the id again that had not reached the disk. In progress may be a session that has not
+        noticed the loss; the server can be asked again.
+
+        Raises as `acquire()` does, and psycopg.OperationalError if the connection is lost.
+        """
+        if (known := known_status(error)) is not None:
+            return known
+        async with self.acquire(timeout) as connection:
+            return await connection.wait(ask_status(cast(PooledConnection, connection), error))
 
     # --- administration -------------------------------------------------------------------------------------
 
@@ -347,6 +374,14 @@ class Pool(Generic[C]):
 
 
 @asynccontextmanager
-async def _in_transaction(acquisition: Acquisition[C]) -> AsyncIterator[C]:
-    async with acquisition as connection, connection.transaction():
-        yield connection
+async def _in_transaction(name: str, acquisition: Acquisition[C], *, track_outcome: bool) -> AsyncIterator[C]:
+    async with acquisition as connection:
+        pooled = cast(PooledConnection, connection)
+        try:
+            async with connection.transaction():
+                yield connection
+                check_not_failed(name, pooled)
+                if track_outcome:
+                    await connection.wait(track(pooled))
+        finally:
+            pooled._session.mark = None

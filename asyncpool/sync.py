@@ -11,23 +11,24 @@ from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 from time import monotonic
 from types import CodeType, FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, cast, overload
 
 from psycopg import Connection
 from psycopg.rows import RowFactory, TupleRow
 
 from ._core.states import PoolPhase
-from ._io.acquisition import DEFAULT, Default
+from ._io.acquisition import DEFAULT, Default, check_not_failed
 from ._io.blocking import BlockingAcquisition, BlockingRunner, DropInRunner, Timeout, check_not_finalizing
 from ._io.blocking_driver import BlockingDriver
-from ._io.connection import RELEASED, UNUSABLE
+from ._io.commit import ask_status, known_status, track
+from ._io.connection import RELEASED, UNUSABLE, PooledBlockingConnection
 from ._io.leases import Leases, logger
 from ._io.loop_thread import LoopThread
 from ._io.session import IDLE, NOT_LEASED, SEVERED
 from ._io.watch import WATCH_STALENESS
 from .config import check_timeout
-from .errors import PoolError, PoolTimeout
-from .events import CloseReason, Holder, PoolStats
+from .errors import CommitOutcomeUnknown, PoolError, PoolTimeout
+from .events import CloseReason, CommitStatus, Holder, PoolStats
 from .options import BlockingOptions
 from .pool import CLOSE_TIMEOUT, Pool
 
@@ -199,13 +200,28 @@ class SyncPool(Generic[C]):
         frame = _getframe(1)
         return self._acquisition(timeout, frame.f_code, frame.f_lasti)
 
-    def transaction(self, timeout: float | Default | None = DEFAULT) -> AbstractContextManager[C]:
+    def transaction(
+        self, timeout: float | Default | None = DEFAULT, *, track_outcome: bool = False
+    ) -> AbstractContextManager[C]:
         """A connection inside a transaction, also with autocommit: `with pool.transaction() as conn`.
 
-        Raises as `acquire()` does, and what the COMMIT raises.
+        `track_outcome` takes one more round trip before the COMMIT, to learn the transaction's id, by which
+        `commit_status()` can find out what became of it if the connection is lost in the midst of the COMMIT.
+
+        Raises as `acquire()` does, what the COMMIT raises, CommitOutcomeUnknown if it was lost, and PoolError if
+        the block ends in a failed transaction, which is rolled back.
         """
         frame = _getframe(1)
-        return _in_transaction(self._acquisition(timeout, frame.f_code, frame.f_lasti))
+        acquisition = self._acquisition(timeout, frame.f_code, frame.f_lasti)
+        return _in_transaction(self.name, acquisition, track_outcome=track_outcome)
+
+    def commit_status(self, error: CommitOutcomeUnknown, timeout: float | Default | None = DEFAULT) -> CommitStatus:
+        """What became of a transaction whose COMMIT was lost, as `Pool.commit_status` says it. Raises as that does."""
+        if (known := known_status(error)) is not None:
+            return known
+        frame = _getframe(1)
+        with self._acquisition(timeout, frame.f_code, frame.f_lasti) as connection:
+            return connection.wait(ask_status(cast(PooledBlockingConnection, connection), error))
 
     def _acquisition(self, timeout: float | Default | None, code: CodeType, offset: int) -> BlockingAcquisition[C]:
         if timeout is not DEFAULT:
@@ -388,9 +404,17 @@ class SyncPool(Generic[C]):
 
 
 @contextmanager
-def _in_transaction(acquisition: BlockingAcquisition[C]) -> Iterator[C]:
-    with acquisition as connection, connection.transaction():
-        yield connection
+def _in_transaction(name: str, acquisition: BlockingAcquisition[C], *, track_outcome: bool) -> Iterator[C]:
+    with acquisition as connection:
+        pooled = cast(PooledBlockingConnection, connection)
+        try:
+            with connection.transaction():
+                yield connection
+                check_not_failed(name, pooled)
+                if track_outcome:
+                    connection.wait(track(pooled))
+        finally:
+            pooled._session.mark = None
 
 
 _all_pools: weakref.WeakSet[SyncPool[Any]] = weakref.WeakSet()

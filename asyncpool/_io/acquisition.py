@@ -191,9 +191,14 @@ def has_to_commit(name: str, connection: Leased) -> bool:
         raise PoolError(
             f"{name}: the block ended with its connection {unfinished}; it is closed, and nothing committed"
         )
-    if status == INERROR:
+    check_not_failed(name, connection)
+    return status == INTRANS
+
+
+def check_not_failed(name: str, connection: Leased) -> None:
+    """Raise PoolError if a block of the pool `name` ends normally in a failed transaction."""
+    if connection.pgconn.transaction_status == INERROR:
         raise PoolError(
             f"{name}: the block ended in a failed transaction, which is rolled back: a COMMIT would only seem to"
             " succeed. Let the error pass, or use `conn.transaction()` around what may fail"
         )
-    return status == INTRANS

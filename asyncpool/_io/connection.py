@@ -15,16 +15,20 @@ from psycopg import AsyncConnection, BaseConnection, Connection, pq
 from psycopg import errors as e
 from psycopg._connection_base import NoticeHandler, NotifyHandler
 from psycopg._pipeline_base import BasePipeline
-from psycopg.abc import PQGen
+from psycopg.abc import PQGen, QueryNoTemplate
 from psycopg.generators import copy_end
+from psycopg.pq.abc import PGresult
+from psycopg.sql import Composable
 from psycopg.transaction import BaseTransaction
 
 from ..errors import PoolError, WrongLoop
+from .commit import CommitPhase, is_commit, is_outcome_lost, outcome_unknown, run_commit
 from .reader import BAD
 from .session import ACTIVE, FORKED, IDLE, NOT_LEASED, SEVERED, Session
 
 RV = TypeVar("RV")
 
+TEXT = pq.Format.TEXT
 UNKNOWN = pq.TransactionStatus.UNKNOWN
 
 # Why a connection object cannot be used in a thread.
@@ -42,6 +46,7 @@ class _Retired:
     lease = undone_lease = NOT_LEASED
     touched = False
     reader = None
+    commit = CommitPhase.NONE
 
 
 class TouchedConnection(BaseConnection[Any]):
@@ -52,6 +57,26 @@ class TouchedConnection(BaseConnection[Any]):
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
         self._session.touched = True
+
+    def _exec_command(self, command: QueryNoTemplate, result_format: pq.Format = TEXT) -> PQGen[PGresult | None]:
+        """What psycopg runs on its own account, such as BEGIN and COMMIT."""
+        if isinstance(command, Composable):
+            command = command.as_bytes(self)
+        if is_commit(command):
+            return run_commit(self, command)
+        return super()._exec_command(command, result_format)
+
+    def _raise_if_outcome_lost(self, error: BaseException) -> None:
+        if is_outcome_lost(self):
+            raise outcome_unknown(self) from error
+
+    def _note_loss(self, session: Session) -> None:
+        """The connection is found lost at the end of a wait: has its user anything to lose that he does not know of?"""
+        if session.commit is CommitPhase.SETTLED:
+            session.commit = CommitPhase.NONE
+            session.in_transaction = False
+        elif not self._autocommit:
+            session.in_transaction = True
 
     # What changes these lists and maps does not set an attribute.
 
@@ -106,9 +131,10 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
                 await self._let_others_run()
             result: RV = done.value
             return result
-        except BaseException as ex:
-            session.refused_write |= isinstance(ex, e.ReadOnlySqlTransaction)
+        except BaseException as error:
+            session.refused_write |= isinstance(error, e.ReadOnlySqlTransaction)
             reader.stop_if_lost()
+            self._raise_if_outcome_lost(error)
             raise
         future = reader.drive(gen, state)
         timer: asyncio.TimerHandle | None = None
@@ -127,14 +153,17 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
         except GeneratorExit:
             session.sever()  # the coroutine was closed: nobody can wait for the statement's end
             raise
+        except Exception as error:
+            self._raise_if_outcome_lost(error)
+            raise
         finally:
             if timer is not None:
                 timer.cancel()
             session.lift_limit()
             if self.pgconn.status != BAD:
                 session.in_transaction = self.pgconn.transaction_status != IDLE
-            elif not self._autocommit:
-                session.in_transaction = True
+            else:
+                self._note_loss(session)
 
     async def _let_others_run(self) -> None:
         try:
@@ -206,8 +235,9 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
             if session.lease in UNUSABLE:  # whoever severs looks at these two in the other order
                 raise PoolError(UNUSABLE[session.lease])
             return super().wait(gen, interval, timeout)
-        except Exception as ex:
-            session.refused_write |= isinstance(ex, e.ReadOnlySqlTransaction)
+        except Exception as error:
+            session.refused_write |= isinstance(error, e.ReadOnlySqlTransaction)
+            self._raise_if_outcome_lost(error)
             raise
         except BaseException:
             session.drop_results_in_thread()
@@ -222,7 +252,7 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
                 session.in_transaction = status != IDLE
             else:
                 session.leave_loop()
-                session.in_transaction = session.in_transaction or not self._autocommit
+                self._note_loss(session)
 
     def close(self) -> None:
         """Give the connection back to its pool, which closes it if it cannot be used again; or, if the pool is a

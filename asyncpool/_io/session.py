@@ -20,6 +20,7 @@ from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
 from psycopg.waiting import Wait
 
 from .client_state import Baseline
+from .commit import CommitPhase, TransactionMark
 from .reader import BAD, Reader, duplicate, socket_of
 from .role import Role
 from .site import describe_site
@@ -62,6 +63,7 @@ class Session:
         "baseline",
         "cancel",
         "cancel_timeout",
+        "commit",
         "connection",
         "ending",
         "ending_limit",
@@ -71,6 +73,7 @@ class Session:
         "in_thread",
         "in_transaction",
         "lease",
+        "mark",
         "pgconn",
         "prepared",
         "reader",
@@ -113,6 +116,8 @@ class Session:
         self.in_transaction = False  # whether losing the connection now would lose work
         self.role: Role | None = None  # which its server must have
         self.refused_write = False  # whether it has refused a write in the current lease, as one of another role does
+        self.commit = CommitPhase.NONE
+        self.mark: TransactionMark | None = None  # of a tracked transaction that is about to be committed
         self.site_code: CodeType | None = None
         self.site_offset = 0
         self.stack: str | None = None

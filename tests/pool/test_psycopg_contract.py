@@ -9,11 +9,12 @@ import gc
 import inspect
 import warnings
 from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
 
 import psycopg
 import pytest
 from kit.waiting import eventually
-from psycopg import errors, generators, pq, waiting
+from psycopg import errors, generators, pq, sql, waiting
 from psycopg._pipeline_base import BasePipeline
 from psycopg.transaction import BaseTransaction
 
@@ -109,6 +110,51 @@ async def test_blocks_end_with_a_wait_for_generators_that_can_be_told_by_their_c
         async with conn.cursor().copy("copy t from stdin"):
             codes.clear()
         assert codes == [cast("Any", generators.copy_end).__code__]
+
+
+async def test_every_commit_is_a_command_that_the_connection_runs(dsn: str) -> None:
+    """That is where the pool puts its own in place of it: a method that makes a generator of the result."""
+    commands: list[object] = []
+
+    class Watching(psycopg.AsyncConnection[Any]):
+        def _exec_command(self, command: Any, result_format: pq.Format = pq.Format.TEXT) -> Any:
+            commands.append(command)
+            return super()._exec_command(command, result_format)
+
+    async with await Watching.connect(dsn) as conn:
+        await conn.execute("select 1")
+        await conn.commit()
+        async with conn.transaction(), conn.transaction():
+            pass
+        async with conn:
+            await conn.execute("select 1")
+    assert commands == [b"BEGIN", b"COMMIT", b"BEGIN", mock.ANY, mock.ANY, b"COMMIT", b"BEGIN", b"COMMIT"]
+    commands.clear()
+    async with await Watching.connect(dsn) as conn:
+        with pytest.raises(psycopg.Error):
+            await conn.tpc_commit(conn.xid(1, "a", "b"))
+        [command] = commands
+        assert isinstance(command, sql.Composed)
+        assert command.as_bytes(conn).startswith(b"COMMIT PREPARED ")
+        assert conn.pgconn._encoding == "utf-8"
+
+
+async def test_what_stands_in_a_pipelines_queue_is_told_its_results(plain: Connection) -> None:
+    """In place of a cursor anything with two methods will do."""
+    told: list[object] = []
+
+    class Listener:
+        def _check_results(self, results: list[Any]) -> None:
+            told.append([result.command_status for result in results])
+
+        def _set_results(self, results: list[Any]) -> None:
+            told.append(len(results))
+
+    async with plain.pipeline() as pipeline:
+        pipeline.command_queue.append(lambda: plain.pgconn.send_query_params(b"select 1", None))
+        pipeline.result_queue.append((cast("Any", Listener()), None))
+        await pipeline.sync()
+        assert told == [[b"SELECT 1"], 1]
 
 
 async def test_a_wait_that_takes_too_long_raises_what_notifies_expects(plain: Connection) -> None:
