@@ -6,12 +6,14 @@ import asyncio
 import copy
 import sys
 import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from time import monotonic
 from types import FunctionType
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
-from psycopg import AsyncConnection, BaseConnection, Connection, pq
+from psycopg import AsyncConnection, AsyncTransaction, BaseConnection, Connection, Transaction, pq
 from psycopg import errors as e
 from psycopg._connection_base import NoticeHandler, NotifyHandler
 from psycopg._pipeline_base import BasePipeline
@@ -179,6 +181,15 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
         if asyncio.get_running_loop() is not session.reader.loop:
             raise WrongLoop("this connection belongs to a pool that was opened in another event loop")
 
+    @asynccontextmanager
+    async def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> AsyncIterator[AsyncTransaction]:
+        """psycopg's block, which ends in silence if its connection was lost meanwhile: PoolError is raised there."""
+        async with super().transaction(savepoint_name, force_rollback) as transaction:
+            yield transaction
+        _check_not_lost(transaction)
+
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:
         """psycopg's way to end a COPY or a stream half-way. It then reads to the end, for which there is no more than
         `cancel_timeout`, whatever comes meanwhile. A cancellation that comes meanwhile is raised at that end.
@@ -254,6 +265,13 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
                 session.leave_loop()
                 self._note_loss(session)
 
+    @contextmanager
+    def transaction(self, savepoint_name: str | None = None, force_rollback: bool = False) -> Iterator[Transaction]:
+        """psycopg's block, which ends in silence if its connection was lost meanwhile: PoolError is raised there."""
+        with super().transaction(savepoint_name, force_rollback) as transaction:
+            yield transaction
+        _check_not_lost(transaction)
+
     def close(self) -> None:
         """Give the connection back to its pool, which closes it if it cannot be used again; or, if the pool is a
         drop-in for one that leaves that to `putconn`, close it.
@@ -268,6 +286,11 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
             else:
                 with self.lock:  # another thread may be in the midst of a statement
                     session.sever()
+
+
+def _check_not_lost(transaction: BaseTransaction[Any]) -> None:
+    if transaction.status is BaseTransaction.Status.FAILED and not transaction.force_rollback:
+        raise PoolError("the connection was lost inside conn.transaction(), and what that did is not committed")
 
 
 # By these psycopg ends a block that was left.

@@ -287,6 +287,25 @@ async def test_the_servers_reason_is_believed_too_if_its_end_is_not_seen_yet(
     assert not is_written(admin, table)
 
 
+async def test_a_transaction_block_of_a_connection_that_was_lost_meanwhile_does_not_end_in_silence(
+    dsn: str, admin: Admin, table: str
+) -> None:
+    pool = Pool[psycopg.AsyncConnection[Any]](dsn)
+    async with pool:
+        conn = await pool.acquire()
+        with pytest.raises(PoolError, match="not committed"):
+            async with conn.transaction():
+                await conn.execute(insertion(table))
+                await pool.close(timeout=0)
+    blocking_pool = SyncPool[psycopg.Connection[Any]](dsn)
+    with blocking_pool:
+        blocking_conn = blocking_pool.getconn()
+        with pytest.raises(PoolError, match="not committed"), blocking_conn.transaction():
+            blocking_conn.execute(insertion(table))
+            blocking_pool.close(timeout=0)
+    assert not is_written(admin, table)
+
+
 # --- no false alarm -----------------------------------------------------------------------------------------
 
 
@@ -446,9 +465,9 @@ async def test_the_second_phase_of_a_two_phase_commit_is_unknown_too(
 ) -> None:
     admin.execute(f"alter table {table} drop constraint {table}_id_key")
     async with Pool[psycopg.AsyncConnection[Any]](dsn) as pool:
+        xid = psycopg.Xid.from_parts(1, table, "x")
         with pytest.raises(CommitOutcomeUnknown):
             async with pool.acquire() as conn:
-                xid = conn.xid(1, table, "x")
                 await conn.tpc_begin(xid)
                 await conn.execute(insertion(table))
                 await conn.tpc_prepare()
