@@ -38,7 +38,8 @@ class WrongLoop(PoolError):
 
 class CommitOutcomeUnknown(TransactionResolutionUnknown):
     """The connection was lost while its COMMIT was on its way: it may be committed, or not. An OperationalError with
-    SQLSTATE 08007, with the connection's error as its `__cause__`; any other error of a COMMIT means: not committed.
+    SQLSTATE 08007, with the connection's error as its `__cause__`; any other error of a COMMIT means: not committed. A
+    statement under autocommit and a COMMIT that is executed as a statement of one's own raise psycopg's bare error.
 
     No PoolError, because after one of those nothing is committed, and whoever tries again after it does no harm. After
     this one look for what was written first, or ask `pool.commit_status(error)`, which wants

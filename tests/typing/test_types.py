@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from psycopg.rows import DictRow, TupleRow, class_row, dict_row, scalar_row
 
-from asyncpool import CloseReason, Holder, Pool, PoolStats
+from asyncpool import CloseReason, CommitOutcomeUnknown, CommitStatus, Holder, Pool, PoolStats, SyncPool
 
 
 @dataclass
@@ -42,6 +42,18 @@ async def rows_are_tuples_by_default() -> None:
             assert_type(await cursor.fetchone(), TupleRow | None)
         async with pool.transaction() as conn:
             assert_type(conn, psycopg.AsyncConnection[TupleRow])
+
+
+async def a_tracked_transaction_is_of_the_same_type(error: CommitOutcomeUnknown) -> None:
+    async with Pool(row_factory=dict_row) as pool:
+        async with pool.transaction(track_outcome=True) as conn:
+            assert_type(conn, psycopg.AsyncConnection[DictRow])
+        assert_type(await pool.commit_status(error, timeout=1), CommitStatus)
+    with SyncPool(row_factory=dict_row) as blocking_pool:
+        with blocking_pool.transaction(track_outcome=True) as blocking_conn:
+            assert_type(blocking_conn, psycopg.Connection[DictRow])
+        assert_type(blocking_pool.commit_status(error), CommitStatus)
+    assert_type(error.xid, int | None)
 
 
 async def acquired_by_hand_it_is_the_same_type() -> None:
