@@ -226,7 +226,7 @@ def ask_status(connection: Leased, error: CommitOutcomeUnknown) -> PQGen[CommitS
     `committed` may be said of that. What the server does not know as committed is not committed in either case.
     """
     system_identifier, timeline, epoch = _server(_row((yield from connection._exec_command(_IDENTIFY))))
-    if timeline is None or (system_identifier, timeline) != (error.system_identifier, error.timeline):
+    if (system_identifier, timeline) != (error.system_identifier, error.timeline):
         return CommitStatus.UNKNOWN
     has_crashed = not epoch or epoch != error.epoch
     try:
