@@ -252,8 +252,8 @@ async def test_the_servers_reason_that_came_before_the_commit_is_what_is_raised(
     async with Pool[psycopg.AsyncConnection[Any]](dsn) as pool:
         with pytest.raises(errors.IdleInTransactionSessionTimeout):
             async with pool.acquire() as conn:
-                await conn.execute("set local idle_in_transaction_session_timeout = '10ms'")
                 await conn.execute(insertion(table))
+                await conn.execute("set local idle_in_transaction_session_timeout = '10ms'")
                 await eventually(lambda: peer_has_closed(conn.pgconn.socket), timeout=20)
         with pytest.raises(errors.AdminShutdown):
             async with pool.transaction(track_outcome=True) as conn:
