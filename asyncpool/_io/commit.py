@@ -23,7 +23,6 @@ from psycopg.pq.abc import PGconn, PGresult
 from ..errors import CommitOutcomeUnknown
 from ..events import CommitStatus
 from .reader import BAD, socket_of
-from .watch import peer_has_closed
 
 if TYPE_CHECKING:
     from .connection import Leased, TouchedConnection
@@ -79,13 +78,13 @@ def is_commit(command: object) -> TypeGuard[bytes]:
 def run_commit(connection: TouchedConnection, command: bytes) -> PQGen[PGresult | None]:
     """In place of psycopg's `_exec_command`, which does not tell a lost COMMIT from one that was answered."""
     session, pgconn = connection._session, connection.pgconn
-    if (fd := socket_of(pgconn)) is None:
+    if socket_of(pgconn) is None:
         raise OperationalError("the connection is closed")
     if (pipeline := connection._pipeline) is not None:
         pipeline.command_queue.append(partial(_send_in_pipeline, session, pgconn, command))
         pipeline.result_queue.append((_PipelinedAnswer(session, pgconn), None))  # type: ignore[arg-type]  # what of a cursor is called
         return None
-    if peer_has_closed(fd):
+    if session.has_ended():
         yield from _learn_of_the_end(connection)
     session.commit = CommitPhase.SENT
     try:
@@ -114,7 +113,8 @@ def _exchange(session: Session, pgconn: PGconn, command: bytes) -> PQGen[PGresul
         if pgconn.status == OK:
             session.commit = CommitPhase.NONE  # refused by libpq: nothing was sent
         raise
-    yield from send(pgconn)
+    if pgconn.flush() != 0:
+        yield from send(pgconn)
     answer: PGresult | None = yield from fetch(pgconn)
     if answer is None:
         raise e.InternalError("no result from COMMIT")

@@ -24,7 +24,7 @@ from .commit import CommitPhase, TransactionMark
 from .reader import BAD, Reader, duplicate, socket_of
 from .role import Role
 from .site import describe_site
-from .watch import peer_has_closed
+from .watch import end_of_peer, peer_has_closed
 
 if TYPE_CHECKING:
     from .._core.slot import Slot
@@ -69,6 +69,7 @@ class Session:
         "ending_limit",
         "granted_to",
         "guard",
+        "has_ended",
         "held_warned",
         "in_thread",
         "in_transaction",
@@ -117,6 +118,7 @@ class Session:
         self.role: Role | None = None  # which its server must have
         self.refused_write = False  # whether it has refused a write in the current lease, as one of another role does
         self.commit = CommitPhase.NONE
+        self.has_ended = end_of_peer(self.reader.fd)  # for as long as the descriptor is this session's
         self.mark: TransactionMark | None = None  # of a tracked transaction that is about to be committed
         self.site_code: CodeType | None = None
         self.site_offset = 0

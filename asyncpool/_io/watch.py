@@ -14,6 +14,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Generic, Protocol, TypeVar
 
@@ -112,9 +113,13 @@ if sys.platform == "linux":
 
     def peer_has_closed(fd: int) -> bool:
         """Whether the other side has closed this socket; what it sent before may still be unread."""
+        return bool(end_of_peer(fd)())
+
+    def end_of_peer(fd: int) -> Callable[[], object]:
+        """The same question, for who asks it of one socket again and again: truthy if it is closed."""
         poll = select.poll()
         poll.register(fd, _CLOSED_EVENTS)
-        return bool(poll.poll(0))
+        return partial(poll.poll, 0)
 
 else:
     import socket
@@ -128,6 +133,10 @@ else:
                 return False
             except OSError:
                 return True
+
+    def end_of_peer(fd: int) -> Callable[[], object]:
+        """The same question, for who asks it of one socket again and again."""
+        return partial(peer_has_closed, fd)
 
     if hasattr(select, "kqueue"):
 
