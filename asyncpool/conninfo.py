@@ -82,7 +82,8 @@ _COMMON_TEXT = """
 """
 _COMMON_WORDS = frozenset(_COMMON_TEXT.split())
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(.*)\Z", re.DOTALL)
+# One character of the scheme will do: searched for as a whole, it takes quadratic time in a long word that is none.
+_URL = re.compile(r"[A-Za-z0-9+.-]://(.*)\Z", re.DOTALL)
 # Between the pieces of a misread password; a quote at the edge of one would be taken for the quote of a name.
 _DELIMITERS = re.compile(r"""[@:/?#&=,\[\]"']""")
 _SECRET_IN_QUERY = re.compile(rf"(?<=[?&])(?:{'|'.join(sorted(SECRET_OPTIONS))})=[^&]*")
@@ -97,7 +98,8 @@ _QUOTED = re.compile(
 _DROPPED = re.compile(
     r"""
     \A (?P<before>
-        (?: missing\ "=" | (?:missing|extra)\ key/value\ separator\ "=" | end\ of\ string\ reached\ when
+        (?: missing\ "=" | invalid\ "ssl_(?:min|max)_protocol_version"\ value
+            | (?:missing|extra)\ key/value\ separator\ "=" | end\ of\ string\ reached\ when
             \ looking\ for\ matching\ "\]" )?
         [^"'«»„“”‚‘’「」『』]*
     )
@@ -105,6 +107,11 @@ _DROPPED = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
+
+# Their values libpq reads only when it has a socket to set them on.
+_INTEGERS = ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout")
+_INTEGER = re.compile(r"\s*[+-]?[0-9]{1,9}\s*", re.ASCII)
+_TOO_GREAT = 2**63
 
 _PORT = re.compile(r"\s*\+?[0-9]{1,9}\s*", re.ASCII)
 
@@ -126,12 +133,13 @@ def parse(conninfo: str, overrides: Mapping[str, object]) -> ConnDict:
 
     Does no network I/O. Raises psycopg.ProgrammingError for what libpq or psycopg would refuse before they
     connect; neither its message nor what is chained to it holds any part of the connection string or a value.
-    Raises TypeError for a conninfo that is not a str and for a parameter that libpq does not know.
+    Raises TypeError for a conninfo that is not a str, and for a parameter that libpq does not know or whose value has
+    no text of its own.
     """
     if not isinstance(conninfo, str):
         raise TypeError(f"conninfo must be a str, not {type(conninfo).__name__}")
     check_option_names(overrides, LIBPQ_OPTIONS)
-    problem, params = _merge(conninfo, overrides)
+    problem, params = _merge(conninfo, {name: _text(name, value) for name, value in overrides.items()})
     problem = problem or _find_bad_value(params) or _ask_libpq(params)
     if problem:
         # Raised here, where no exception is being handled: a chained one would hold the connection string.
@@ -139,12 +147,39 @@ def parse(conninfo: str, overrides: Mapping[str, object]) -> ConnDict:
     return params
 
 
-def _merge(conninfo: str, overrides: Mapping[str, object]) -> tuple[str, ConnDict]:
-    given: ConnDict = {
-        name: value if isinstance(value, int) else str(value) for name, value in overrides.items() if value is not None
-    }
-    if "\0" in conninfo or any("\0" in str(value) for value in given.values()):
+def _text(name: str, value: object) -> str | int | None:
+    """The value of a parameter. Others than these have a str() too, but none that is meant: b'…', True, a mask."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass, such as an Enum's, the text itself
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) < _TOO_GREAT:
+            return value
+        raise ValueError(f"{name} is an int that is too great")
+    # The value may be a secret, in a wrapper that does not show it: its type must do.
+    raise TypeError(f"{name} must be a str or an int, not {type(value).__name__}")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeError:
+        return False
+    return True
+
+
+def _merge(conninfo: str, overrides: Mapping[str, str | int | None]) -> tuple[str, ConnDict]:
+    given: ConnDict = {name: value for name, value in overrides.items() if value is not None}
+    if "\0" in conninfo:
         return "the connection parameters hold a null character", {}
+    for name, value in given.items():
+        if "\0" in str(value):
+            return f"{name} holds a null character", {}
+        if not _is_utf8(str(value)):
+            return f"{name} is not valid UTF-8 text", {}
     try:
         params = conninfo_to_dict(conninfo, **given)
         make_conninfo("", **params)
@@ -172,6 +207,9 @@ def _find_bad_value(params: ConnDict) -> str:
         return f"could not match {len(hosts)} host names to {len(addresses)} hostaddr values"
     if not all(_is_ip_address(address) for address in addresses if address):
         return "hostaddr is not an IP address"
+    for name in _INTEGERS:
+        if (value := params.get(name)) not in (None, "") and not _INTEGER.fullmatch(str(value)):
+            return f"{name} is not an integer"
     try:
         int(float(params.get("connect_timeout") or 0))
     except (ValueError, OverflowError):
@@ -193,8 +231,8 @@ def _ask_libpq(params: ConnDict) -> str:
     pgconn = pq.PGconn.connect_start(make_conninfo("", **(params | replaced)).encode())
     message = pgconn.get_error_message()
     pgconn.finish()
-    wrong = [line for line in message.splitlines() if line and _UNREACHABLE_SOCKET not in line]
-    return _drop_quoted(wrong[0]) if wrong else ""
+    # It checks all options before it comes to the first host. What it says of a value may have several lines.
+    return "" if _UNREACHABLE_SOCKET in message else _drop_quoted(message)
 
 
 def _hint(conninfo: str) -> str:
