@@ -28,9 +28,11 @@ from ._io.session import NOT_LEASED, POOLS_OWN, Session
 from .config import (
     OPTION_NAMES,
     PoolConfig,
-    check_connection_class,
+    check_bool,
+    check_connection_options,
     check_sizes,
     check_timeout,
+    shown,
     split_options,
 )
 from .conninfo import CONNECT_OPTIONS, check_option_names
@@ -100,8 +102,7 @@ class Pool(Generic[C]):
     def __init__(self, conninfo: Conninfo = "", **options: Any) -> None:
         own, given = split_options(options)
         check_option_names(given, CONNECT_OPTIONS | OPTION_NAMES | {"connection_class"})
-        base = self._driver_class.connection_class
-        check_connection_class(given.get("connection_class", base), base)
+        check_connection_options(given, self._driver_class.connection_class, self._driver_class.cursor_class)
         self._config = PoolConfig(**own)
         self._driver = self._driver_class(self._config, conninfo, given)
         self._sizes = self._config.min_size, self._config.max_size
@@ -131,6 +132,7 @@ class Pool(Generic[C]):
         check_event_loop()
         limit = self._config.acquire_timeout if isinstance(timeout, Default) else timeout
         check_timeout("timeout", limit)
+        check_bool("wait", wait)
         runner = self._runner_to_open(single_round=limit == 0)
         if not wait:
             return
@@ -245,10 +247,13 @@ class Pool(Generic[C]):
         WrongLoop outside the pool's event loop; neither changes anything.
         """
         runner = self._runner
-        leases: Any = getattr(connection, "_pool", None)
+        try:
+            leases: Any = connection._pool
+        except Exception:  # noqa: BLE001  # of whatever kind: it is no connection
+            leases = None
         if runner is None or leases is not runner.leases:
             if not isinstance(leases, Leases):
-                raise PoolError(f"{self.name}: this connection is not of this pool")
+                raise PoolError(f"{self.name}: this connection is not of this pool: {shown(connection)}")
             leases.check_former(self._config)
         elif get_ident() != runner.thread or not runner.loop.is_running():
             runner.check_loop()

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Coroutine, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from threading import Lock
+from threading import TIMEOUT_MAX, Lock
 from time import monotonic
 from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, cast, overload
@@ -26,7 +26,7 @@ from ._io.leases import Leases, logger
 from ._io.loop_thread import LoopThread
 from ._io.session import IDLE, NOT_LEASED, SEVERED
 from ._io.watch import WATCH_STALENESS
-from .config import check_timeout
+from .config import check_timeout, is_true, shown
 from .errors import CommitOutcomeUnknown, PoolError, PoolTimeout
 from .events import CloseReason, CommitStatus, Holder, PoolStats
 from .options import BlockingOptions
@@ -254,13 +254,18 @@ class SyncPool(Generic[C]):
     def _lease_for(self, key: Hashable, timeout: Timeout, code: CodeType, offset: int) -> C:
         if key is None:
             return self._lease(timeout, code, offset)  # type: ignore[no-any-return]  # a C
+        try:
+            hash(key)
+        except Exception as error:
+            raise TypeError(f"key must be hashable, not {shown(key)}") from error
         seconds = self._pool._config.acquire_timeout if isinstance(timeout, Default) else timeout
         deadline = monotonic() + seconds if isinstance(seconds, (int, float)) else None
         while True:
             with self._keys_lock:
                 keyed = self._keyed.setdefault(key, _KeyedLease())
-            if not keyed.lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - monotonic())):
-                raise PoolTimeout(f"{self.name}: another thread is still waiting for the connection of key {key!r}")
+            if not keyed.lock.acquire(timeout=-1 if deadline is None else _until(deadline)):
+                words = f"another thread is still waiting for the connection of key {shown(key)}"
+                raise PoolTimeout(f"{self.name}: {words}")
             try:
                 if self._keyed.get(key) is not keyed:
                     continue  # its connection was put back meanwhile
@@ -293,8 +298,10 @@ class SyncPool(Generic[C]):
         runner = self._pool._runner
         try:
             session, leases = pooled._session, pooled._pool
-        except AttributeError:
-            raise PoolError(f"{self.name}: this connection is not of this pool: {connection!r}") from None
+        except Exception:  # noqa: BLE001  # of whatever kind: it is no connection of a pool
+            raise PoolError(f"{self.name}: this connection is not of this pool: {shown(connection)}") from None
+        if close is not False:
+            close = is_true("close", close)
         lease = session.lease
         if runner is None or leases is not runner.leases or lease <= NOT_LEASED:
             self._check_severed(pooled, leases)
@@ -401,6 +408,11 @@ class SyncPool(Generic[C]):
             self._forked = runner.machine.phase in (PoolPhase.OPENING, PoolPhase.OPEN)
             self._pool._runner = None
             runner.disown()
+
+
+def _until(deadline: float) -> float:
+    """The seconds to wait, no more than a lock takes."""
+    return min(max(0.0, deadline - monotonic()), TIMEOUT_MAX)
 
 
 @contextmanager

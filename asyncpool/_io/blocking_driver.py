@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
-from psycopg import BaseConnection, Connection
+from psycopg import BaseConnection, Connection, Cursor
 
 from .daemon_thread import in_daemon_thread
 from .driver import Driver, check_nothing_open, name_of
@@ -18,6 +18,7 @@ class BlockingDriver(Driver):
     """Makes `psycopg.Connection`s. What the user's callables do may hang without stalling the event loop."""
 
     connection_class: type[BaseConnection[Any]] = Connection
+    cursor_class: type[Any] = Cursor
     shared = True
 
     async def _call_conninfo(self, conninfo: Callable[[], object]) -> object:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
-from psycopg import AsyncConnection, BaseConnection, InterfaceError, OperationalError, ProgrammingError, pq
+from psycopg import AsyncConnection, AsyncCursor, BaseConnection, InterfaceError, OperationalError, ProgrammingError, pq
 from psycopg import errors as e
 from psycopg._preparing import PrepareManager
 from psycopg.abc import ConnDict
@@ -103,6 +103,7 @@ class Driver:
     """Makes, checks and resets the connections of one pool. Its repr shows no connection parameters."""
 
     connection_class: type[BaseConnection[Any]] = AsyncConnection
+    cursor_class: type[Any] = AsyncCursor
     shared = False  # whether threads use the connections
 
     def __init__(self, config: PoolConfig, conninfo: Conninfo, given: Mapping[str, Any]) -> None:

@@ -18,6 +18,8 @@ from psycopg.types.composite import TupleDumper
 from psycopg.types.datetime import TimestamptzLoader
 from psycopg.types.string import ByteaLoader, TextLoader
 
+from ..config import is_true, shown
+
 # psycopg2.extensions' numbers, which are not psycopg 3's.
 _ISOLATION_LEVELS = {
     1: psycopg.IsolationLevel.READ_COMMITTED,
@@ -209,15 +211,17 @@ def _isolation_level(value: Any) -> psycopg.IsolationLevel | None:
     try:
         return _ISOLATION_LEVELS[value] if isinstance(value, int) else psycopg.IsolationLevel[name]
     except KeyError:
-        raise ValueError(f"isolation_level must be a number from 0 to 4 or a level's name, not {value!r}") from None
+        raise ValueError(
+            f"isolation_level must be a number from 0 to 4 or a level's name, not {shown(value)}"
+        ) from None
 
 
 def check_cursor_factory(cursor_factory: object) -> None:
     """Raise TypeError unless it is a cursor class of psycopg 3."""
     if not (isinstance(cursor_factory, type) and issubclass(cursor_factory, psycopg.Cursor)):
         raise TypeError(
-            f"cursor_factory must be a cursor class of psycopg 3, not {cursor_factory!r}: for rows as dictionaries use"
-            " row_factory=psycopg.rows.dict_row"
+            f"cursor_factory must be a cursor class of psycopg 3, not {shown(cursor_factory)}: for rows as"
+            " dictionaries use row_factory=psycopg.rows.dict_row"
         )
 
 
@@ -242,7 +246,7 @@ def split_parameters(
 ) -> tuple[str, dict[str, Any]]:
     """What psycopg2's `connect` takes, as a conninfo and psycopg 3's options."""
     options = {name: value for name, value in parameters.items() if value is not None}
-    if options.pop("async", 0) or options.pop("async_", 0):
+    if any(is_true(name, options.pop(name, 0)) for name in ("async", "async_")):
         raise TypeError("async connections are not there: use asyncpool.Pool")
     if "database" in options:
         if "dbname" in options:
@@ -253,5 +257,9 @@ def split_parameters(
     if cursor_factory is not None:
         check_cursor_factory(cursor_factory)
         options["cursor_factory"] = cursor_factory
-    options["connection_class"] = connection_factory or LegacyConnection
+    if connection_factory is None:
+        connection_factory = LegacyConnection
+    elif not (isinstance(connection_factory, type) and issubclass(connection_factory, psycopg.Connection)):
+        raise TypeError(f"connection_factory must be a connection class of psycopg 3, not {shown(connection_factory)}")
+    options["connection_class"] = connection_factory
     return dsn or "", options

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Hashable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from .. import errors
 from .._io.blocking import WAIT_UNLESS_EXHAUSTED, Timeout
-from ..config import check_timeout
+from ..config import check_timeout, is_true, shown
 from ..sync import DropInLoopPool, SyncPool
 from .connection import Context, LegacyConnection, split_parameters
 
@@ -40,7 +41,7 @@ class AbstractConnectionPool:
         if hasattr(self, "_connect"):
             raise TypeError("_connect is not called here: use configure=, which is, with each new connection")
         self._closed = False
-        self._minconn, self._maxconn = _check_sizes(int(minconn), int(maxconn))
+        self._minconn, self._maxconn = _check_sizes(_as_int("minconn", minconn), _as_int("maxconn", maxconn))
         self._timeout: Timeout = kwargs.pop("timeout", None)
         if self._timeout is None:
             self._timeout = WAIT_UNLESS_EXHAUSTED
@@ -56,7 +57,7 @@ class AbstractConnectionPool:
 
     @closed.setter
     def closed(self, closed: bool) -> None:
-        self._closed = closed
+        self._closed = is_true("closed", closed)
 
     @property
     def minconn(self) -> int:
@@ -65,7 +66,7 @@ class AbstractConnectionPool:
 
     @minconn.setter
     def minconn(self, minconn: int) -> None:
-        self._resize(minconn, self._maxconn)
+        self._resize(_as_int("minconn", minconn), self._maxconn)
 
     @property
     def maxconn(self) -> int:
@@ -74,11 +75,12 @@ class AbstractConnectionPool:
 
     @maxconn.setter
     def maxconn(self, maxconn: int) -> None:
-        self._resize(self._minconn, maxconn)
+        self._resize(self._minconn, _as_int("maxconn", maxconn))
 
     def _resize(self, minconn: int, maxconn: int) -> None:
         # They are set one after the other: in between the lower bound may be the greater.
-        minimum, _ = _check_sizes(min(minconn, maxconn), maxconn)
+        _check_sizes(minconn, max(minconn, maxconn, 1))
+        minimum, _ = _check_sizes(max(0, min(minconn, maxconn)), maxconn)
         self._sync_pool.resize(minimum, maxconn)
         self._minconn, self._maxconn = minconn, maxconn
 
@@ -174,13 +176,34 @@ class PersistentConnectionPool(AbstractConnectionPool):
     closeall = AbstractConnectionPool._closeall
 
 
+def _as_int(name: str, value: Any) -> int:
+    """psycopg2 takes what int() takes."""
+    kind: type[Exception] = TypeError
+    try:
+        return int(value)
+    except (ValueError, OverflowError):
+        kind = ValueError
+    except Exception:  # noqa: BLE001, S110  # of whatever kind: it is no number
+        pass
+    # Raised here, where no exception is being handled: a chained one may hold a connection string in the wrong place.
+    raise kind(f"{name} must be an int, not {shown(value)}")
+
+
+def _as_seconds(name: str, text: str) -> float:
+    with suppress(ValueError):
+        return float(text)
+    raise ValueError(f"{name} must be a number of seconds, not {shown(text)}")
+
+
 def _check_sizes(minconn: int, maxconn: int) -> tuple[int, int]:
     if minconn < 0:
-        raise ValueError(f"minconn must be 0 or more, not {minconn}")
+        raise ValueError(f"minconn must be 0 or more, not {shown(minconn)}")
     if maxconn < 1:
-        raise ValueError(f"maxconn must be 1 or more, not {maxconn}")
+        raise ValueError(f"maxconn must be 1 or more, not {shown(maxconn)}")
     if minconn > maxconn:
-        raise ValueError(f"minconn={minconn} is greater than maxconn={maxconn}: lower it or raise maxconn")
+        raise ValueError(
+            f"minconn={shown(minconn)} is greater than maxconn={shown(maxconn)}: lower it or raise maxconn"
+        )
     return minconn, maxconn
 
 
@@ -198,9 +221,6 @@ def _options(
             raise TypeError(f"{size} is called {replacement} here, and is the pool's first or second argument")
     conninfo, options = split_parameters(dsn, connection_factory, cursor_factory, parameters)
     if isinstance(seconds := options.get("connect_timeout"), str):
-        try:
-            options["connect_timeout"] = float(seconds)
-        except ValueError:
-            raise ValueError(f"connect_timeout must be a number of seconds, not {seconds!r}") from None
+        options["connect_timeout"] = _as_seconds("connect_timeout", seconds)
     options.setdefault("context", Context())
     return {"conninfo": conninfo, "min_size": minconn, "max_size": maxconn, **options}
