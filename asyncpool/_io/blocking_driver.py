@@ -9,8 +9,9 @@ from typing import Any
 import anyio
 from psycopg import BaseConnection, Connection, Cursor
 
+from .callables import name_of
 from .daemon_thread import in_daemon_thread
-from .driver import Driver, check_nothing_open, name_of
+from .driver import Driver
 from .session import SEVERED
 
 
@@ -25,7 +26,7 @@ class BlockingDriver(Driver):
         answer = await in_daemon_thread(conninfo, "asyncpool: ask for a conninfo")
         return await answer if inspect.isawaitable(answer) else answer
 
-    async def _run(self, callback: Callable[[Any], object], connection: Any) -> None:
+    async def _run_callback(self, callback: Callable[[Any], object], connection: Any) -> None:
         session = connection._session
         running = True
 
@@ -47,4 +48,3 @@ class BlockingDriver(Driver):
                 session.lease = SEVERED
                 session.sever()
             raise
-        check_nothing_open(callback, connection)

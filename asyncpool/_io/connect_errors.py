@@ -33,10 +33,25 @@ class ConnectFailed(Exception):
     """A connect came to nothing: the error to show, free of secrets, and what it says about the next try."""
 
     def __init__(self, error: Exception, failure: ConnectFailure, reason: CloseReason | None = None) -> None:
-        super().__init__(str(error))
+        super().__init__(words_of(error))
         self.error = error
         self.failure = failure
         self.reason = reason  # why a connection that was there already is closed again
+
+
+def brief(error: BaseException) -> str:
+    """Type and words of an error of anybody's."""
+    try:
+        words = str(error)
+    except Exception:
+        words = ""
+    return f"{type(error).__name__}: {words}".strip().rstrip(":")
+
+
+def words_of(error: Exception) -> str:
+    """What messages say of a connect error; of one that a callable of the user's has raised, also type and origin."""
+    notes = getattr(error, "__notes__", ())
+    return f"{brief(error)} ({'; '.join(map(str, notes))})" if notes else str(error)
 
 
 def failure_of(pgconn: PGconn, redactor: Redactor) -> ConnectFailed:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from .connect_errors import brief
+
 T = TypeVar("T")
 
 
@@ -36,7 +38,7 @@ async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
         except BaseException as ex:
             error = ex
             if isinstance(ex, StopIteration) or not isinstance(ex, Exception):
-                error = RuntimeError(f"{type(ex).__name__}: {ex}")
+                error = RuntimeError(brief(ex))
                 error.__cause__ = ex
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
             loop.call_soon_threadsafe(deliver, result, error)

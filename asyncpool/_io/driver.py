@@ -24,9 +24,10 @@ from .._core.policy import ConnectFailure
 from ..config import PoolConfig
 from ..conninfo import PSYCOPG_OPTIONS, Redactor, needs_lookup, parse
 from ..events import CloseReason
+from .callables import check_nothing_open, errors_of, name_of
 from .client_state import Baseline
-from .connect_errors import ConnectFailed, attempt_on, failure_of, named, summary
-from .connection import Leased, PooledConnection, describe_unfinished, pooled_class
+from .connect_errors import ConnectFailed, attempt_on, brief, failure_of, named, summary
+from .connection import Leased, PooledConnection, pooled_class
 from .daemon_thread import in_daemon_thread
 from .libpq import set_verbose_errors
 from .reader import BAD, duplicate, socket_of
@@ -147,11 +148,12 @@ class Driver:
         conninfo: object = self._conninfo
         if callable(conninfo):
             try:
-                with anyio.fail_after(self._connect_timeout):
+                with errors_of("conninfo", conninfo), anyio.fail_after(self._connect_timeout):
                     conninfo = await self._call_conninfo(conninfo)
             except Exception as ex:
                 # Its words may hold what it was about to return.
-                words = f"the conninfo callable raised {type(ex).__name__}"
+                raised = ex.__cause__ if isinstance(ex, RuntimeError) and ex.__cause__ is not None else ex
+                words = f"the conninfo callable raised {type(raised).__name__}"
                 raise ConnectFailed(OperationalError(words), _T) from None
         if not isinstance(conninfo, str):
             words = f"the conninfo callable must return a str, not {type(conninfo).__name__}"
@@ -262,7 +264,7 @@ class Driver:
     async def _configure(self, session: Session) -> None:
         if self._config.configure is not None:
             try:
-                await self._call(self._config.configure, session)
+                await self._call("configure", session)
             except Exception as ex:
                 # One that did not end in time may have waited for a server that is not heard, which is no answer.
                 unheard = session.is_lost or isinstance(ex, TimeoutError)
@@ -279,7 +281,7 @@ class Driver:
             raise Unusable(CloseReason.DISCONNECTED, "the server has closed the connection")
         try:
             if self._config.check is not None:
-                await self._call(self._config.check, session)
+                await self._call("check", session)
                 self._restore_client_state(session)
             if self._config.check is None or session.role is not None:
                 with anyio.fail_after(self._config.check_timeout):
@@ -288,7 +290,7 @@ class Driver:
             raise
         except Exception as ex:
             reason = CloseReason.DISCONNECTED if session.is_lost else CloseReason.CHECK_FAILED
-            raise Unusable(reason, f"check: {_brief(ex)}") from ex
+            raise Unusable(reason, f"check: {brief(ex)}") from ex
 
     async def recycle(self, session: Session) -> None:
         """Roll back, and reset as the `reset` option says. Raises Unusable."""
@@ -303,13 +305,13 @@ class Driver:
             self._restore_client_state(session)
             session.prepared = session.connection._prepared._prepared_idx
             if callable(self._config.reset):
-                await self._call(self._config.reset, session)
+                await self._call("reset", session)
                 self._restore_client_state(session)
             elif self._config.reset != "rollback":
                 session.connection._prepared = _anew(session.connection._prepared)
                 self._restore_client_state(session)
                 if self._config.configure is not None:
-                    await self._call(self._config.configure, session)
+                    await self._call("configure", session)
                     session.baseline = Baseline(session.connection)
             if session.role is not None:
                 with anyio.fail_after(self._config.check_timeout):
@@ -318,7 +320,7 @@ class Driver:
             raise
         except Exception as ex:
             reason = CloseReason.DISCONNECTED if session.is_lost else CloseReason.RESET_FAILED
-            raise Unusable(reason, f"reset: {_brief(ex)}") from ex
+            raise Unusable(reason, f"reset: {brief(ex)}") from ex
 
     async def _ask_role(self, session: Session) -> None:
         """A round trip; for a pool that asked for a server of some role, with the question whether it still has it."""
@@ -341,9 +343,8 @@ class Driver:
 
     async def set_up_lease(self, connection: PooledConnection) -> None:
         """Run `setup`, which the caller waits for. Raises what it raises."""
-        assert self._config.setup is not None
         try:
-            await self._run(self._config.setup, connection)
+            await self._run("setup", connection)
         except TimeoutError as ex:
             raise _as_error("setup", ex) from None
 
@@ -351,20 +352,26 @@ class Driver:
         assert session.baseline is not None
         session.baseline.restore(session.connection)
 
-    async def _call(self, callback: Callable[[Any], object], session: Session) -> None:
+    async def _call(self, option: str, session: Session) -> None:
         """Lend an unleased connection to a callable of the user."""
         session.lease = POOLS_OWN
         try:
-            await self._run(callback, session.connection)
+            await self._run(option, session.connection)
         finally:
             if session.lease == POOLS_OWN:
                 session.lease = NOT_LEASED
 
-    async def _run(self, callback: Callable[[Any], object], connection: Any) -> None:
+    async def _run(self, option: str, connection: Any) -> None:
         """Run `configure`, `check`, `setup` or `reset` on a connection. Raises what it raises, or TimeoutError.
 
         What it leaves open is an error as well: the next user would inherit it.
         """
+        callback = getattr(self._config, option)
+        with errors_of(option, callback):
+            await self._run_callback(callback, connection)
+        check_nothing_open(callback, connection)
+
+    async def _run_callback(self, callback: Callable[[Any], object], connection: Any) -> None:
         scope = anyio.CancelScope()
         session: Session = connection._session
         lease = session.lease
@@ -389,7 +396,6 @@ class Driver:
             limit.cancel()
         if scope.cancel_called:
             raise TimeoutError
-        check_nothing_open(callback, connection)
 
 
 def _anew(prepared: PrepareManager) -> PrepareManager:
@@ -435,26 +441,6 @@ def _as_error(what: str, ex: Exception) -> Exception:
     if isinstance(ex, TimeoutError):
         return OperationalError(f"{what} did not end in time")
     return ex
-
-
-def _brief(ex: BaseException) -> str:
-    return f"{type(ex).__name__}: {ex}".strip().rstrip(":")
-
-
-def name_of(callback: Callable[[Any], object]) -> str:
-    """What the user calls it."""
-    return getattr(callback, "__qualname__", repr(callback))
-
-
-def check_nothing_open(callback: Callable[[Any], object], connection: Leased) -> None:
-    """Raise ProgrammingError if a callable has left its connection in the middle of something."""
-    status = connection.pgconn.transaction_status
-    if (unfinished := describe_unfinished(connection)) or status != IDLE:
-        raise ProgrammingError(
-            f"{name_of(callback)} left the connection"
-            f" {unfinished or f'in a transaction ({pq.TransactionStatus(status).name})'}: end it there; what only sets"
-            " something can set autocommit first"
-        )
 
 
 def check_event_loop() -> None:

@@ -21,6 +21,7 @@ from time import monotonic
 from typing import Any
 
 import anyio
+from psycopg import OperationalError
 
 from .._core.effects import (
     Check,
@@ -43,7 +44,7 @@ from .._core.states import PoolPhase, SlotState
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolDeadlock, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
 from ..events import CloseReason
-from .connect_errors import ConnectFailed
+from .connect_errors import ConnectFailed, words_of
 from .driver import Driver, Unusable
 from .leases import LEASED, Leases, logger
 from .session import SEVERED, Session
@@ -236,9 +237,12 @@ class Runner:
         if refusal is Refusal.TIMEOUT:
             error = PoolTimeout(f"{name}: no connection within {monotonic() - began:.3g} s; {self.describe()}")
         else:
-            error = PoolError(f"{name}: cannot connect: {self.last_connect_error}")
+            error = PoolError(f"{name}: cannot connect: {self._connect_error_words()}")
         error.__cause__ = self.last_connect_error
         return error
+
+    def _connect_error_words(self) -> str:
+        return words_of(self.last_connect_error) if self.last_connect_error is not None else "no reason is known"
 
     def _sites(self) -> str:
         return "; ".join(slot.resource.site for slot in self.machine.leases() if isinstance(slot.resource, Session))
@@ -252,7 +256,7 @@ class Runner:
         )
         if self.last_connect_error is not None:
             age = monotonic() - self.last_connect_error_at
-            text += f"; last connect error, {age:.1f} s ago: {self.last_connect_error}"
+            text += f"; last connect error, {age:.1f} s ago: {self._connect_error_words()}"
         return text
 
     def _on_wake_at(self, wake: WakeAt) -> None:
@@ -291,18 +295,19 @@ class Runner:
 
     def _on_task_done(self, slot: Slot, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
-        if error is not None:
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
             logger.error("%s: a bug in asyncpool: %s failed", self.config.name, task.get_name(), exc_info=error)
         if self._tasks.get(slot) is not task:
             return  # a Close has taken its place
         del self._tasks[slot]
         if task.cancelled() or error is not None:
-            self._report_stray_end(slot)
+            self._report_stray_end(slot, "was cancelled" if error is None else f"has ended by {type(error).__name__}")
 
-    def _report_stray_end(self, slot: Slot) -> None:
+    def _report_stray_end(self, slot: Slot, what: str) -> None:
         """Somebody cancelled the pool's task, perhaps before it began: its outcome is failure."""
         now = monotonic()
         if slot.state is SlotState.CONNECTING:
+            self._note_connect_error(OperationalError(f"the pool's task that connects {what}"), logging.DEBUG)
             self.perform(self.machine.connect_failed(slot, ConnectFailure.TRANSIENT, now))
         elif slot.state is SlotState.CHECKING:
             self.perform(self.machine.check_failed(slot, CloseReason.CHECK_FAILED, now))
@@ -344,11 +349,12 @@ class Runner:
             logger.info("%s: connected again", self.config.name)
             self.last_connect_error = None
 
-    def _note_connect_error(self, error: Exception) -> None:
+    def _note_connect_error(self, error: Exception, level: int = logging.WARNING) -> None:
         # The first of an outage is news, unless it is raised by open().
         told = self._single_round and self.phase is PoolPhase.OPENING
-        level = logging.WARNING if self.last_connect_error is None and not told else logging.DEBUG
-        logger.log(level, "%s: connecting failed: %s", self.config.name, error)
+        if told or self.last_connect_error is not None:
+            level = logging.DEBUG
+        logger.log(level, "%s: connecting failed: %s", self.config.name, words_of(error))
         error.__traceback__ = None
         self.last_connect_error = error
         self.last_connect_error_at = monotonic()
