@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import nox
@@ -15,6 +16,11 @@ nox.options.sessions = ["lint", "types", "examples", "tests"]
 nox.options.error_on_missing_interpreters = False
 
 BENCHMARKS = ["benchmarks/acquire.py", "benchmarks/query.py", "benchmarks/blocking.py"]
+FUZZED = [
+    "tests/faults/test_bad_input.py",
+    "tests/faults/test_fuzzed_conninfo.py",
+    "tests/faults/test_wrong_sequences.py",
+]
 CODE = ["asyncpool", "tests", "examples", "noxfile.py"]
 
 
@@ -61,6 +67,16 @@ def chaos(session: nox.Session) -> None:
     """Storms of cancelled tasks, dying servers and failing callables, for 10 minutes, or as told after `--`."""
     session.install(".[demo]", *group("test"))
     session.run("python", "-m", "faults.chaos", *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Bad input of every kind, for some ten minutes; `-- --hypothesis-seed=N` repeats a run that printed N."""
+    session.install(".[demo]", *group("test"), *group("fuzz"))
+    seed = [] if any("seed" in arg for arg in session.posargs) else [f"--hypothesis-seed={secrets.randbelow(2**32)}"]
+    session.log("the seed: %s", " ".join([*seed, *session.posargs]))
+    session.run("pytest", *FUZZED, *seed, *session.posargs, env={"ASYNCPOOL_FUZZ_FACTOR": "40"})
+    session.run("python", "tests/faults/fuzz_conninfo.py", "-max_total_time=120")
 
 
 @nox.session
