@@ -75,7 +75,7 @@ def fuzz(session: nox.Session) -> None:
     session.install(".[demo]", *group("test"), *group("fuzz"))
     seed = [] if any("seed" in arg for arg in session.posargs) else [f"--hypothesis-seed={secrets.randbelow(2**32)}"]
     session.log("the seed: %s", " ".join([*seed, *session.posargs]))
-    session.run("pytest", *FUZZED, *seed, *session.posargs, env={"ASYNCPOOL_FUZZ_FACTOR": "40"})
+    session.run("pytest", "--timeout=1800", *FUZZED, *seed, *session.posargs, env={"ASYNCPOOL_FUZZ_FACTOR": "40"})
     session.run("python", "tests/faults/fuzz_conninfo.py", "-max_total_time=120")
 
 

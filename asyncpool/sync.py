@@ -257,7 +257,7 @@ class SyncPool(Generic[C]):
         try:
             hash(key)
         except Exception as error:
-            raise TypeError(f"key must be hashable, not {shown(key)}") from error
+            raise TypeError(f"key is unhashable: {shown(key)}") from error
         seconds = self._pool._config.acquire_timeout if isinstance(timeout, Default) else timeout
         deadline = monotonic() + seconds if isinstance(seconds, (int, float)) else None
         while True:

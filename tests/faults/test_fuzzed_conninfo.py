@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import time
 import traceback
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 from urllib.parse import quote
@@ -212,6 +214,14 @@ def with_patch(work: Any) -> None:
     """Without a question to a name server."""
     with mock.patch.object(driver, "conninfo_attempts", look_up):
         work()
+
+
+def test_a_long_word_is_not_looked_through_again_and_again() -> None:
+    began = time.monotonic()
+    for conninfo in ("x" * 100_000, "host=/x password=" + "x" * 100_000, "postgresql:" + "x" * 100_000):
+        with suppress(psycopg.ProgrammingError):
+            Pool(conninfo)
+    assert time.monotonic() - began < 10  # it was half a minute each
 
 
 def test_what_libpq_repeats_of_a_value_with_several_lines_is_masked() -> None:

@@ -323,7 +323,6 @@ async def finished(answer: Any) -> Any:
     return await answer if inspect.isawaitable(answer) else answer
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("sequences", [AsyncSequences, BlockingSequences], ids=lambda kind: kind.__name__)
 def test_no_sequence_of_calls_breaks_a_pool(
     dsn: str, admin: Admin, application_name: str, sequences: type[Sequences], no_bug_reported: None
