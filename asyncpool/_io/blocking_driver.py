@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 from psycopg import BaseConnection, Connection, Cursor
 
-from .callables import name_of
+from .callables import Overdue, name_of
 from .daemon_thread import in_daemon_thread
 from .driver import Driver
 from .session import SEVERED
@@ -40,11 +40,13 @@ class BlockingDriver(Driver):
             finally:
                 running = False
 
-        try:
-            with anyio.fail_after(self._config.check_timeout):
+        with anyio.move_on_after(self._config.check_timeout) as scope:
+            try:
                 await in_daemon_thread(run, f"asyncpool {self._config.name}: {name_of(callback)}")
-        except BaseException:
-            if running:  # it is abandoned: what it waits for is ended, and it can do nothing more
-                session.lease = SEVERED
-                session.sever()
-            raise
+            except BaseException:
+                if running:  # it is abandoned: what it waits for is ended, and it can do nothing more
+                    session.lease = SEVERED
+                    session.sever()
+                raise
+        if scope.cancelled_caught:
+            raise Overdue

@@ -15,6 +15,10 @@ from .connection import Leased, describe_unfinished
 from .session import IDLE
 
 
+class Overdue(TimeoutError):
+    """A callable did not end within `check_timeout`; one that it raised itself is a TimeoutError like any other."""
+
+
 def name_of(callback: Callable[..., object]) -> str:
     """What the user calls it."""
     name = getattr(callback, "__qualname__", None)

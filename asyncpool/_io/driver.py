@@ -24,7 +24,7 @@ from .._core.policy import ConnectFailure
 from ..config import PoolConfig
 from ..conninfo import PSYCOPG_OPTIONS, Redactor, needs_lookup, parse
 from ..events import CloseReason
-from .callables import check_nothing_open, errors_of, name_of
+from .callables import Overdue, check_nothing_open, errors_of, name_of
 from .client_state import Baseline
 from .connect_errors import ConnectFailed, attempt_on, brief, failure_of, named, summary
 from .connection import Leased, PooledConnection, pooled_class
@@ -177,7 +177,8 @@ class Driver:
                 found = await in_daemon_thread(lambda: conninfo_attempts(params), "asyncpool: look up a host name")
             return self._in_order(found)
         except TimeoutError:
-            words = f"host name not resolved within {self._connect_timeout:g} s"
+            hosts = redactor.mask(str(params.get("host")))
+            words = f'host "{hosts}" not resolved within {self._connect_timeout:g} s'
             raise ConnectFailed(named(e.ConnectionTimeout, words), ConnectFailure.TRANSIENT) from None
         except e.Error as error:
             raise ConnectFailed(named(OperationalError, redactor.redact(str(error))), _T) from None
@@ -267,7 +268,7 @@ class Driver:
                 await self._call("configure", session)
             except Exception as ex:
                 # One that did not end in time may have waited for a server that is not heard, which is no answer.
-                unheard = session.is_lost or isinstance(ex, TimeoutError)
+                unheard = session.is_lost or isinstance(ex, Overdue)
                 failure = ConnectFailure.TRANSIENT if unheard else ConnectFailure.FINAL
                 raise ConnectFailed(_as_error("configure", ex), failure, CloseReason.CONFIGURE_FAILED) from None
         session.baseline = Baseline(session.connection)
@@ -345,7 +346,7 @@ class Driver:
         """Run `setup`, which the caller waits for. Raises what it raises."""
         try:
             await self._run("setup", connection)
-        except TimeoutError as ex:
+        except Overdue as ex:
             raise _as_error("setup", ex) from None
 
     def _restore_client_state(self, session: Session) -> None:
@@ -362,7 +363,7 @@ class Driver:
                 session.lease = NOT_LEASED
 
     async def _run(self, option: str, connection: Any) -> None:
-        """Run `configure`, `check`, `setup` or `reset` on a connection. Raises what it raises, or TimeoutError.
+        """Run `configure`, `check`, `setup` or `reset` on a connection. Raises what it raises, or Overdue.
 
         What it leaves open is an error as well: the next user would inherit it.
         """
@@ -395,7 +396,7 @@ class Driver:
         finally:
             limit.cancel()
         if scope.cancel_called:
-            raise TimeoutError
+            raise Overdue
 
 
 def _anew(prepared: PrepareManager) -> PrepareManager:
@@ -438,7 +439,7 @@ async def _wait_ready(fd: int, *, reading: bool) -> None:
 
 def _as_error(what: str, ex: Exception) -> Exception:
     """The user's own error, or one that says what took too long."""
-    if isinstance(ex, TimeoutError):
+    if isinstance(ex, Overdue):
         return OperationalError(f"{what} did not end in time")
     return ex
 
