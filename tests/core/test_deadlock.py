@@ -7,6 +7,7 @@ from kit.invariants import CLOSING, CONNECTING
 from kit.virtual_pool import VirtualPool, opened_pool
 
 from asyncpool._core.effects import Refusal
+from asyncpool._core.machine import PoolMachine
 from asyncpool._core.policy import ConnectFailure
 
 
@@ -45,6 +46,22 @@ def test_who_waits_and_holds_nothing_completes_no_circle() -> None:
     assert not pool.refused
     pool.acquire(owner=1)
     assert list(pool.refused.values()) == [Refusal.DEADLOCK]
+
+
+def test_one_lease_whose_owner_does_not_wait_answers_for_all_who_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = held_by_blocks(2)
+    questions = 0
+    ask = PoolMachine._is_circle
+
+    def count_and_ask(machine: PoolMachine) -> bool:
+        nonlocal questions
+        questions += 1
+        return ask(machine)
+
+    monkeypatch.setattr(PoolMachine, "_is_circle", count_and_ask)
+    for stranger in range(10, 110):
+        pool.acquire(owner=stranger)
+    assert questions == 1
 
 
 def test_a_task_that_holds_all_of_them_is_refused_at_once() -> None:

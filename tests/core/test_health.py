@@ -50,9 +50,10 @@ def test_a_connection_that_comes_back_unverified_is_pinged_at_once() -> None:
     assert pool.count(CHECKING) == 1
 
 
-def test_after_a_freeze_a_connection_is_pinged_before_it_is_handed_out() -> None:
+@pytest.mark.parametrize("seconds", [30, 31])
+def test_after_a_freeze_a_connection_is_pinged_before_it_is_handed_out(seconds: float) -> None:
     pool = opened_pool(min_size=2, check_interval=30)
-    pool.freeze(31)
+    pool.freeze(seconds)
     waiter = pool.acquire()
     assert waiter.slot is None
     assert pool.count(CHECKING) == 2
@@ -73,16 +74,42 @@ def test_check_interval_0_pings_on_every_acquire_one_connection_for_each_caller(
         pool.release(waiter)
 
 
-def test_check_interval_0_pings_what_comes_back_too_for_it_may_answer_first() -> None:
-    pool = opened_pool(min_size=2, max_size=2, check_interval=0)
-    holder = pool.acquire()
+def test_check_interval_0_pings_the_one_that_was_idle_for_the_shortest_time() -> None:
+    pool = opened_pool(min_size=3, max_size=3, check_interval=0)
+    holders = [pool.acquire() for _ in range(3)]
+    slots = [holder.slot for holder in holders]
+    for holder in holders:
+        pool.advance(1)
+        pool.release(holder)
     pool.advance(1)
+    pool.acquire()
+    assert pool.slots(CHECKING) == [slots[2]]
+
+
+@pytest.mark.parametrize(("check_interval", "age"), [(0, 1), (30, 30)])
+def test_what_comes_back_unverified_is_pinged_for_those_who_wait_and_may_answer_before_the_others(
+    check_interval: float, age: float
+) -> None:
+    pool = opened_pool(min_size=2, max_size=2, check_interval=check_interval)
+    holder = pool.acquire()
+    pool.advance(age)
     waiter = pool.acquire()
     assert pool.count(CHECKING) == 1
-    pool.release(holder, answered_at=pool.now - 1)
+    pool.release(holder, answered_at=pool.now - age)
+    assert waiter.slot is None
     assert pool.count(CHECKING) == 2
     pool.pass_check(holder.slot)
     assert waiter.slot is holder.slot
+
+
+def test_check_interval_0_pings_for_who_waits_even_what_has_answered_its_last_user_in_this_instant() -> None:
+    pool = opened_pool(min_size=1, max_size=1, check_interval=0)
+    holder = pool.acquire()
+    pool.advance(1)
+    waiter = pool.acquire()
+    pool.release(holder, answered_at=pool.now)
+    assert pool.count(CHECKING) == 1
+    assert waiter.slot is None
 
 
 def test_check_interval_0_pings_nothing_in_the_background() -> None:
@@ -154,12 +181,16 @@ def lose_under_check(pool: VirtualPool) -> None:
     pool.fail_check(CloseReason.DISCONNECTED)
 
 
+def find_read_only(pool: VirtualPool) -> None:
+    pool.discard(pool.acquire(), CloseReason.READ_ONLY)
+
+
 def lose_in_recycling(pool: VirtualPool) -> None:
     pool.release_dirty(pool.acquire())
     pool.fail_recycle(CloseReason.DISCONNECTED)
 
 
-@pytest.mark.parametrize("lose", [lose_idle, lose_leased, lose_under_check, lose_in_recycling])
+@pytest.mark.parametrize("lose", [lose_idle, lose_leased, lose_under_check, lose_in_recycling, find_read_only])
 @pytest.mark.parametrize("check_interval", [None, 0, 30])
 def test_when_one_is_dead_all_idle_ones_must_answer_first(lose: object, check_interval: float | None) -> None:
     pool = opened_pool(min_size=3, max_size=3, check_interval=check_interval)
@@ -170,6 +201,16 @@ def test_when_one_is_dead_all_idle_ones_must_answer_first(lose: object, check_in
     assert waiter.slot is None
     pool.pass_check()
     assert waiter.slot is not None
+
+
+@pytest.mark.parametrize("check_interval", [None, 0, 30])
+def test_when_a_lease_finds_its_server_read_only_all_idle_ones_must_answer_first(check_interval: float | None) -> None:
+    pool = opened_pool(min_size=3, max_size=3, check_interval=check_interval)
+    holder = pool.acquire()
+    assert holder.slot is not None
+    pool.doubt(holder.slot)
+    assert (pool.count(CHECKING), pool.count(LEASED)) == (2, 1)
+    assert pool.acquire().slot is None
 
 
 def test_no_pause_of_failed_connects_delays_the_checks() -> None:
@@ -197,14 +238,29 @@ def test_those_that_connected_afterwards_are_trusted() -> None:
     assert pool.count(CHECKING) == 0
 
 
-def test_a_drained_one_that_is_dead_says_nothing_about_those_that_came_after_it() -> None:
+@pytest.mark.parametrize("earlier_drains", [0, 1, 2])
+def test_a_drained_one_that_is_dead_says_nothing_about_those_that_came_after_it(earlier_drains: int) -> None:
     pool = opened_pool(min_size=2, max_size=3)
+    for _ in range(earlier_drains):
+        pool.drain()
+        pool.finish_work()
     holder = pool.acquire()
     pool.drain()
     pool.finish_work()
     pool.discard(holder, CloseReason.DISCONNECTED)
     assert pool.count(IDLE) == 1
     assert pool.count(CHECKING) == 0
+
+
+def test_a_lease_tells_a_session_that_the_server_has_ended_from_one_that_is_to_be_replaced() -> None:
+    pool = opened_pool(min_size=1, max_size=1)
+    pool.acquire()
+    [slot] = pool.slots(LEASED)
+    assert not slot.is_disconnected
+    pool.drain()
+    assert not slot.is_disconnected
+    pool.disconnect(slot)
+    assert slot.is_disconnected
 
 
 def test_a_leased_connection_that_is_dead_is_not_handed_to_the_next() -> None:

@@ -8,7 +8,7 @@ import pytest
 from kit.invariants import CHECKING, CONNECTING, IDLE, LEASED, RECYCLING
 from kit.virtual_pool import VirtualPool, opened_pool, virtual_pool
 
-from asyncpool._core.effects import Connect, Refusal, WakeAt
+from asyncpool._core.effects import NO_EFFECTS, Connect, Refusal, WakeAt
 from asyncpool._core.machine import IllegalMove
 from asyncpool._core.queue import Waiter
 from asyncpool.events import CloseReason
@@ -20,14 +20,26 @@ def busy_pool(size: int = 1, **options: object) -> tuple[VirtualPool, list[Waite
     return pool, [pool.acquire() for _ in range(size)]
 
 
-def test_an_idle_connection_is_taken_without_any_effect() -> None:
-    pool = opened_pool(min_size=1)
+@pytest.mark.parametrize("check_interval", [30, None])
+@pytest.mark.parametrize("untouched", [False, True])
+def test_an_idle_connection_is_taken_and_given_back_without_settling(
+    check_interval: float | None, untouched: bool
+) -> None:
+    pool = opened_pool(min_size=1, check_interval=check_interval)
+    pool.advance(10)
     waiter = pool.acquire()
     assert waiter.slot is not None
     assert waiter.slot.state is LEASED
-    assert not pool.effects
-    pool.release(waiter)
-    assert not pool.effects
+    pool.release(waiter, answered_at=pool.now - 10 if untouched else pool.now)
+    assert pool.effects is NO_EFFECTS
+
+
+def test_who_comes_to_a_full_pool_waits_without_settling() -> None:
+    pool, _ = busy_pool(2)
+    pool.acquire(30)
+    for _ in range(3):
+        pool.acquire(30)
+        assert pool.effects is NO_EFFECTS
 
 
 def test_waiters_are_served_in_the_order_of_their_coming() -> None:
@@ -156,6 +168,25 @@ def test_deadlines_of_those_who_left_do_not_pile_up() -> None:
     assert len(pool.machine.waiters._early) < 100
 
 
+@pytest.mark.parametrize("step", [0, 0.5], ids=["at the same time", "one after the other"])
+def test_those_who_come_with_the_same_timeout_need_no_heap(step: float) -> None:
+    pool, _ = busy_pool()
+    for _ in range(10):
+        pool.acquire(30)
+        pool.advance(step)
+    assert not pool.machine.waiters._early
+    pool.acquire(1)
+    assert len(pool.machine.waiters._early) == 1
+
+
+def test_of_those_whose_time_is_over_together_the_first_to_have_come_is_told_first() -> None:
+    pool, _ = busy_pool()
+    pool.acquire(None)
+    waiters = [pool.acquire(5) for _ in range(5)]
+    pool.advance(5)
+    assert list(pool.refused) == waiters
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_every_deadline_is_kept_whatever_their_order(seed: int) -> None:
     random = Random(seed)
@@ -266,10 +297,10 @@ def test_a_connection_cannot_be_given_back_twice(waiting: int) -> None:
     pool.release_dirty(holder)
     for _ in range(waiting):
         pool.acquire()
-    with pytest.raises(IllegalMove):
+    with pytest.raises(IllegalMove, match="give_back of <Slot 1 RECYCLING>"):
         pool.machine.give_back(slot, pool.now, pool.now)
-    with pytest.raises(IllegalMove):
+    with pytest.raises(IllegalMove, match="<Slot 1 RECYCLING> to RECYCLING"):
         pool.machine.recycle(slot, pool.now)
-    with pytest.raises(IllegalMove):
+    with pytest.raises(IllegalMove, match="discard of <Slot 1 RECYCLING>"):
         pool.machine.discard(slot, CloseReason.LEASE_LOST, pool.now)
     assert slot.state is RECYCLING

@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
-from kit.invariants import CHECKING, CONNECTING, RECYCLING
+from kit.invariants import CHECKING, CONNECTING, LEASED, RECYCLING
 from kit.virtual_pool import VirtualPool, in_order, virtual_pool
 
 from asyncpool._core.effects import Refusal
@@ -62,6 +62,7 @@ class Walk:
             self.give_up: 4,
             self.tell_late_outcome: 4,
             self.disconnect: 2,
+            self.doubt: 1,
             self.administrate: 2,
         }
         for action in self.random.choices(list(actions), weights=list(actions.values()), k=steps):
@@ -84,7 +85,9 @@ class Walk:
         waiter = random.choice(list(pool.held))
         way = random.random()
         if way < self.breaks:
-            pool.discard(waiter, random.choice([CloseReason.DISCONNECTED, CloseReason.LEASE_LOST]))
+            pool.discard(
+                waiter, random.choice([CloseReason.DISCONNECTED, CloseReason.READ_ONLY, CloseReason.LEASE_LOST])
+            )
         elif way < self.breaks + 0.2:
             pool.release_dirty(waiter)
         else:
@@ -134,6 +137,10 @@ class Walk:
         slots = [slot for slot in in_order(self.pool.machine.slots()) if slot.state is not CONNECTING]
         if slots:
             self.pool.disconnect(self.random.choice(slots))
+
+    def doubt(self) -> None:
+        if slots := self.pool.slots(LEASED):
+            self.pool.doubt(self.random.choice(slots))
 
     def administrate(self) -> None:
         pool, random = self.pool, self.random

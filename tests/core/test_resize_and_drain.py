@@ -94,6 +94,13 @@ def test_connects_in_excess_are_called_off_before_anything_that_is_connected() -
     assert pool.count(IDLE) == 2
 
 
+def test_a_connect_that_is_not_in_excess_goes_on() -> None:
+    pool = virtual_pool(min_size=2, max_size=4).open()
+    pool.resize(2, 2)
+    assert not pool.effects
+    assert pool.count(CONNECTING) == 2
+
+
 def test_what_waits_is_served_by_the_smaller_pool() -> None:
     pool = opened_pool(min_size=3, max_size=3)
     holders = [pool.acquire() for _ in range(3)]

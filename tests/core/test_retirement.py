@@ -52,6 +52,16 @@ def test_the_old_one_goes_when_the_replacement_is_there() -> None:
     assert pool.closes == {CloseReason.MAX_LIFETIME: 1}
 
 
+def test_those_that_retire_together_are_replaced_one_after_the_other() -> None:
+    pool = aging_pool(0.5, min_size=3, max_size=6)
+    pool.advance(950)
+    for _ in range(3):
+        assert pool.count(CONNECTING) == 1
+        pool.connect()
+    assert pool.machine.connects == 6
+    assert not pool.count(CONNECTING)
+
+
 def test_each_connection_has_jitter_of_its_own_drawn_once_at_birth() -> None:
     pool = aging_pool(0.0, 0.25, 0.5, 0.75, min_size=4, max_size=5)
     pool.advance(SOONEST)
@@ -210,7 +220,7 @@ def test_at_max_size_those_who_wait_are_served_by_the_others_while_one_retires()
     pool = aging_pool(0.5, min_size=2, max_size=2)
     holders = [pool.acquire() for _ in range(2)]
     first, second = pool.acquire(), pool.acquire()
-    pool.advance(960)
+    pool.advance(950)
     pool.release(holders[0])
     assert pool.count(CLOSING) == 1
     pool.release(holders[1])

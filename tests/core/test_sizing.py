@@ -7,7 +7,7 @@ from kit.invariants import CHECKING, CLOSING, CONNECTING, IDLE, LEASED, RECYCLIN
 from kit.virtual_pool import VirtualPool, opened_pool, virtual_pool
 
 from asyncpool._core.effects import Refusal
-from asyncpool._core.policy import ConnectFailure
+from asyncpool._core.policy import NEVER, ConnectFailure
 from asyncpool.events import CloseReason
 
 FINAL, REFUSED, TRANSIENT = ConnectFailure
@@ -123,9 +123,27 @@ def test_nobody_connects_after_a_failure_when_nobody_needs_it() -> None:
     pool = opened_pool()
     pool.cancel(pool.acquire())
     pool.fail_connect()
+    assert pool.wake_at == NEVER
     pool.advance(1000)
     assert pool.machine.size == 0
     assert pool.machine.connect_errors == 1
+
+
+def test_every_failed_connect_is_counted() -> None:
+    pool = virtual_pool(min_size=3, max_size=3, backoff_max=4).open()
+    for failure in (REFUSED, TRANSIENT, FINAL):
+        pool.fail_connect(failure)
+    assert pool.machine.connect_errors == 3
+
+
+def test_a_server_that_refuses_is_given_backoff_initial_whatever_is_drawn() -> None:
+    pool = virtual_pool(lambda: 0.0, min_size=1, backoff_initial=1).open()
+    pool.fail_connect(REFUSED)
+    assert not pool.count(CONNECTING)
+    pool.advance(1)
+    assert pool.count(CONNECTING) == 1
+    pool.fail_connect(TRANSIENT)
+    assert pool.count(CONNECTING) == 1, "no pause at all was drawn"
 
 
 def test_a_connection_that_was_there_but_unfit_counts_as_closed_for_its_reason() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from asyncpool._core.effects import (
     Check,
     Close,
+    Closed,
     Connect,
     Opened,
     OpeningFailed,
@@ -43,6 +44,9 @@ WORK: dict[type[Effect], SlotState] = {
     Recycle: RECYCLING,
     Close: CLOSING,
 }
+
+# What was found wrong with one connection may be wrong with all that are as old.
+CATCHING = (CloseReason.DISCONNECTED, CloseReason.READ_ONLY)
 
 
 @dataclass
@@ -142,7 +146,7 @@ class VirtualPool:
     def discard(self, waiter: Waiter, reason: CloseReason = CloseReason.RETURNED_BUSY) -> None:
         """A connection comes back that nobody can use."""
         slot = self._end_lease(waiter)
-        if reason is CloseReason.DISCONNECTED:
+        if reason in CATCHING:
             self._suspect(slot.generation)
         self._step(self.machine.discard(slot, reason, self.now))
 
@@ -215,7 +219,7 @@ class VirtualPool:
 
     def fail_recycle(self, reason: CloseReason = CloseReason.RESET_FAILED, slot: Slot | None = None) -> None:
         slot = self._end_work(slot, RECYCLING)
-        if reason is CloseReason.DISCONNECTED and slot.state is RECYCLING:
+        if reason in CATCHING and slot.state is RECYCLING:
             self._suspect(slot.generation)
         self._step(self.machine.recycle_failed(slot, reason, self.now))
 
@@ -246,6 +250,11 @@ class VirtualPool:
         self.histories[slot].barred = True
         self._suspect(slot.generation)
         self._step(self.machine.disconnected(slot, self.now))
+
+    def doubt(self, slot: Slot) -> None:
+        """A lease has found its server read-only, be it for its own sake only."""
+        self._suspect(slot.generation)
+        self._step(self.machine.doubt(slot, self.now))
 
     def _answered(self, slot: Slot) -> None:
         history = self.histories[slot]
@@ -335,6 +344,7 @@ class VirtualPool:
         elif isinstance(effect, OpeningFailed):
             self.opening_failed += 1
         else:
+            assert isinstance(effect, Closed), effect
             self.closed += 1
             self.wake_at = NEVER  # what the runner does
 
@@ -346,6 +356,7 @@ class VirtualPool:
             self.histories[slot] = History()
         if isinstance(effect, Close):
             assert self.work.get(slot) is not CLOSING, "closed twice"
+            assert isinstance(effect.reason, CloseReason), "closed for no reason"
             if slot in self.work:
                 self.superseded[slot] = self.work[slot]
             self.closes[effect.reason] += 1
