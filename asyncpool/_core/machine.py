@@ -352,7 +352,7 @@ class PoolMachine:
 
     # --- administration -------------------------------------------------------------------------------------
 
-    def open(self, now: float, *, single_round: bool = False) -> Effects:
+    def open(self, now: float, *, single_round: bool) -> Effects:
         """Start connecting `min_size`. `single_round`: the first failed connect is the answer."""
         self._enter(PoolPhase.OPENING)
         self._single_round = single_round

@@ -230,11 +230,11 @@ def test_a_failure_before_it_was_closed_does_not_delay_the_next_opening() -> Non
 def test_a_pool_that_is_not_closed_cannot_be_opened() -> None:
     pool = virtual_pool(min_size=1).open()
     for act in (pool.connect, pool.close):
-        with pytest.raises(IllegalMove):
-            pool.machine.open(pool.now)
+        with pytest.raises(IllegalMove, match="pool from OPEN"):
+            pool.machine.open(pool.now, single_round=False)
         act()
-    with pytest.raises(IllegalMove):
-        pool.machine.open(pool.now)
+    with pytest.raises(IllegalMove, match="pool from CLOSING to OPENING"):
+        pool.machine.open(pool.now, single_round=False)
 
 
 def test_every_state_can_be_left_for_the_end_and_the_end_for_nothing() -> None:
