@@ -617,7 +617,7 @@ class PoolMachine:
 
     def _schedule(self, now: float) -> None:
         """Ask to be woken when the next thing is due. An earlier wake-up that stands already is left alone."""
-        when = min(self._due_times(now), default=NEVER)
+        when = min(self._due_times(now))
         if when < self._wake_at:
             self._wake_at = when
             self._effects.append(WakeAt(when))
