@@ -564,9 +564,12 @@ class PoolMachine:
         return max(for_waiters, for_min_size, for_retirement)
 
     def _to_replace(self, now: float) -> int:
-        """How many retire, or will when they are given back, perhaps past `max_lifetime`, and have no replacement."""
+        """How many retire, or will when they are given back, perhaps past `max_lifetime`, and have no replacement.
+
+        Less than 0 if there are more replacements than that.
+        """
         retiring = sum(now >= slot.retires_at for members in (self._idle, self._leased) for slot in members)
-        return retiring - max(0, self._usable() - self.min_size) if retiring else 0
+        return retiring - max(0, self._usable() - self.min_size)
 
     def _grow(self, now: float) -> None:
         at_once = 1 if self._backoff.failing else self._config.max_connecting
