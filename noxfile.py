@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 from pathlib import Path
 
 import nox
@@ -87,6 +88,16 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "run", "-m", "pytest", *session.posargs)
     session.run("coverage", "combine")
     session.run("coverage", "report", "--show-missing", "--skip-covered")
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Small faults put into asyncpool/_core, one at a time: does a test in virtual time find each of them?"""
+    session.install(".[demo]", *group("test"), *group("mutation"))
+    # mutmut lets the verdicts of last time stand for what has not changed, though the tests may have.
+    shutil.rmtree("mutants", ignore_errors=True)
+    session.run("mutmut", "run", *session.posargs)
+    session.run("python", "tests/core/mutants.py")
 
 
 @nox.session
