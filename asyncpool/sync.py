@@ -8,11 +8,12 @@ import sys
 import weakref
 from collections.abc import Callable, Coroutine, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from threading import TIMEOUT_MAX, Lock
+from threading import TIMEOUT_MAX, Lock, RLock
 from time import monotonic
 from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, cast, overload
 
+import psycopg
 from psycopg import Connection
 from psycopg.rows import RowFactory, TupleRow
 
@@ -23,6 +24,7 @@ from ._io.blocking_driver import BlockingDriver
 from ._io.commit import ask_status, known_status, track
 from ._io.connection import RELEASED, UNUSABLE, PooledBlockingConnection
 from ._io.leases import Leases, logger
+from ._io.locked_machine import ensure_stack
 from ._io.loop_thread import LoopThread
 from ._io.session import IDLE, NOT_LEASED, SEVERED
 from ._io.watch import WATCH_STALENESS
@@ -117,8 +119,8 @@ class SyncPool(Generic[C]):
     def __init__(self, conninfo: BlockingConninfo = "", **options: Any) -> None:
         self._pool = self._loop_pool_class(conninfo, **options)
         self._keyed: dict[Hashable, _KeyedLease] = {}
-        self._keys_lock = Lock()
-        self._fork_lock = Lock()
+        self._keys_lock = RLock()  # a finalizer may want it in the midst of what its thread does here
+        self._fork_lock = RLock()
         self._forked = False  # from a pool that was open, and not used in this process yet
         self._warned_of_loop = False
         _all_pools.add(self)
@@ -149,8 +151,8 @@ class SyncPool(Generic[C]):
         runner = self._pool._runner
         if runner is None or runner.machine.phase is PoolPhase.CLOSED or sys.is_finalizing():
             pass  # at the interpreter's end the process closes what is open
-        elif _get_running_loop() is runner.loop:
-            runner.close()  # in a finalizer or a log handler: it goes on by itself
+        elif runner.must_not_wait():
+            runner.let_go()  # in a finalizer or a log handler: it goes on by itself
         else:
             self._in_loop(lambda: self._pool.close(timeout))
         self._keyed.clear()
@@ -171,11 +173,11 @@ class SyncPool(Generic[C]):
     def _in_loop(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Have the background loop do something, and wait for it."""
         check_not_finalizing(self.name)
-        thread = LoopThread.hold()
+        hold = LoopThread.hold()  # Ctrl-C may strike before the `try`: then it is dropped
         try:
-            return thread.call(work())
+            return hold.thread.call(work())
         finally:
-            thread.release()
+            hold.release()
 
     def _open_runner(self) -> BlockingRunner:
         """The runner, in a forked child a new one."""
@@ -315,20 +317,21 @@ class SyncPool(Generic[C]):
                 return
             if session.lease not in (lease, SEVERED):
                 raise PoolError(f"{self.name}: {RELEASED}")
+            ensure_stack()
             if self._keyed:
                 self._forget_key(connection)
             if close:
                 leases.discard_lease(pooled, CloseReason.DISCARDED)
             elif not leases.give_back_clean(pooled):
                 leases.end_lease(pooled)
-        except Exception:
+        except psycopg.Error:
             raise
-        except BaseException:
+        except BaseException:  # no error of the connection's or the pool's
             self._finish_interrupted(connection, lease)
             raise
 
     def _finish_interrupted(self, connection: C, lease: int) -> None:
-        """Ctrl-C has struck while a connection was being given back: that is done all the same."""
+        """Ctrl-C, or a lack of memory, has struck while a connection was given back: that is done all the same."""
         runner = self._pool._runner
         pooled: Any = connection
         if runner is not None and pooled._pool is runner.leases:
@@ -345,9 +348,9 @@ class SyncPool(Generic[C]):
 
     def _forget_key(self, connection: C) -> None:
         with self._keys_lock:
-            for key, keyed in self._keyed.items():
+            for key, keyed in list(self._keyed.items()):  # a finalizer may be here as well
                 if keyed.connection is connection:
-                    del self._keyed[key]
+                    self._keyed.pop(key, None)
                     return
 
     def _warn_of_loop(self) -> None:
@@ -401,8 +404,8 @@ class SyncPool(Generic[C]):
     def _forget_parent(self) -> None:
         """In a forked child: start anew, as empty as a new pool."""
         runner = self._pool._runner
-        self._keys_lock = Lock()  # another thread may have held them
-        self._fork_lock = Lock()
+        self._keys_lock = RLock()  # another thread may have held them
+        self._fork_lock = RLock()
         self._keyed.clear()
         if runner is not None:
             self._forked = runner.machine.phase in (PoolPhase.OPENING, PoolPhase.OPEN)

@@ -154,6 +154,7 @@ class PoolMachine:
         return list(self._slots)
 
     # --- requests -------------------------------------------------------------------------------------------
+    # One that calls another names PoolMachine: who overrides them, to lock them, is asked from outside only.
 
     def take(self, now: float) -> Slot | None:
         """Lease the connection that was idle for the shortest time, if it may be handed out as it is."""
@@ -211,16 +212,16 @@ class PoolMachine:
             return NO_EFFECTS
         if slot.state is not LEASED:
             return NO_EFFECTS  # severed meanwhile
-        return self.give_back(slot, slot.verified_at, now)
+        return PoolMachine.give_back(self, slot, slot.verified_at, now)
 
     def give_back(self, slot: Slot, answered_at: float, now: float) -> Effects:
         """A lease ends and the connection is clean; the server last answered on it at `answered_at`."""
         if slot.state is not LEASED:
             raise IllegalMove(f"give_back of {slot!r}")
         if now >= slot.expires_at:
-            return self.discard(slot, slot.doom, now)
+            return PoolMachine.discard(self, slot, slot.doom, now)
         if len(self._slots) > self.max_size and self._excess() > 0:
-            return self.discard(slot, CloseReason.SHRUNK, now)
+            return PoolMachine.discard(self, slot, CloseReason.SHRUNK, now)
         slot.idle_since = now
         slot.verified_at = answered_at
         fresh_until = answered_at + self._check_interval
@@ -241,9 +242,9 @@ class PoolMachine:
     def recycle(self, slot: Slot, now: float) -> Effects:
         """A lease ends and the connection needs a rollback or a reset before anyone else may have it."""
         if now >= slot.expires_at:
-            return self.discard(slot, slot.doom, now)
+            return PoolMachine.discard(self, slot, slot.doom, now)
         if self._excess() > 0:
-            return self.discard(slot, CloseReason.SHRUNK, now)
+            return PoolMachine.discard(self, slot, CloseReason.SHRUNK, now)
         slot.idle_since = now
         self._move(slot, RECYCLING)
         return (Recycle(slot),)
@@ -408,7 +409,9 @@ class PoolMachine:
     # --- the two life cycles --------------------------------------------------------------------------------
 
     def _move(self, slot: Slot, to: SlotState) -> None:
-        """The one place where a slot changes its state, but for the hot moves of `take` and `give_back`."""
+        """The one place where a slot changes its state, but for the hot moves of `take` and `give_back`, and those of
+        LockedMachine's `lend`, `take_back` and mending.
+        """
         state = slot.state
         if to not in LEGAL_MOVES[state]:
             raise IllegalMove(f"{slot!r} to {to.name}")

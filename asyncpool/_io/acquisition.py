@@ -75,7 +75,9 @@ class Acquisition(Generic[C]):
         session.site_offset = self._offset
         if session.touched:  # somebody went on with the object after its release
             runner.leases.restore(session)
-        connection: Any = session.connection if runner.plain else runner.leases.renew_for_debug(session)
+        connection: Any = (
+            session.connection if runner.plain else runner.leases.renew_for_debug(session, session.connection)
+        )
         session.connection = None
         session.lease = self._lease = slot.uses
         self._connection = connection

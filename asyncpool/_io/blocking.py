@@ -6,27 +6,29 @@ import asyncio
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
 from types import CodeType, TracebackType
 from typing import Any, Generic, TypeVar
 
+import psycopg
 from psycopg import Connection
 
-from .._core.effects import Check, Close, Connect, Effect, Effects, Recycle
+from .._core.effects import Close, Effects
 from .._core.machine import PoolMachine
 from .._core.policy import NEVER
 from .._core.slot import Slot
-from .._core.states import SlotState
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError
 from ..events import CloseReason
 from .acquisition import Default, check_not_undone, has_to_commit
+from .connection import Leased
 from .driver import Driver
 from .leases import LEASED, Leases
-from .locked_machine import LockedMachine, ThreadWaiter, current
-from .loop_thread import OWN_THREAD, LoopThread
+from .locked_machine import LockedMachine, ThreadWaiter, current, ensure_stack
+from .loop_thread import OWN_THREAD, Hold, LoopThread
 from .reader import socket_of
 from .runner import Runner
 from .session import FORKED, SEVERED, Session
@@ -41,14 +43,6 @@ def check_not_finalizing(name: str) -> None:
         raise PoolClosed(f"{name}: the interpreter is shutting down")
 
 
-_WORK: dict[SlotState, Callable[[Slot], Effect]] = {
-    SlotState.CONNECTING: Connect,
-    SlotState.CHECKING: Check,
-    SlotState.RECYCLING: Recycle,
-    SlotState.CLOSING: lambda slot: Close(slot, slot.doom),
-}
-
-
 class WaitUnlessExhausted:
     """The type of WAIT_UNLESS_EXHAUSTED: a caller who waits for what is being connected, cleaned or closed, and is
     refused at once if every place is leased.
@@ -60,10 +54,28 @@ WAIT_UNLESS_EXHAUSTED = WaitUnlessExhausted()
 Timeout = float | Default | WaitUnlessExhausted | None
 
 
+class BlockingLeases(Leases):
+    """Ends a lease in the thread that had it, whatever strikes meanwhile."""
+
+    finish_interrupted: Callable[[Any, int], None]  # the runner's
+
+    def end_lease(self, connection: Leased, *, after_block: bool = False) -> None:
+        """Take a connection back, in whatever condition it is."""
+        ensure_stack()
+        lease = connection._session.lease
+        try:
+            super().end_lease(connection, after_block=after_block)
+        except BaseException:
+            self.finish_interrupted(connection, lease)
+            raise
+
+
 class BlockingRunner(Runner):
     """Any thread takes and gives connections here; all else happens in the event loop."""
 
     machine: LockedMachine
+    leases: BlockingLeases
+    _leases_class = BlockingLeases
     is_drop_in = False  # for psycopg2's pools: there close() closes, and giving back a transaction is the custom
 
     def __init__(self, config: PoolConfig, driver: Driver, *, debug: bool) -> None:
@@ -71,8 +83,17 @@ class BlockingRunner(Runner):
         if self.is_drop_in:
             self.leases.close_returns = False
             self.leases.warn_in_transaction = False
-        thread = LoopThread.hold()
-        self.closing.add_done_callback(lambda _: thread.release())
+        self.leases.finish_interrupted = self.finish_interrupted
+        hold = LoopThread.hold()
+        self._loop_thread = hold.thread
+        driver.guard = threading.RLock()
+        self._locks = {self.machine.lock, driver.guard}
+        self._loop_thread.locks.update(self._locks)
+        self.closing.add_done_callback(lambda _: self._leave(hold))
+
+    def _leave(self, hold: Hold) -> None:
+        self._loop_thread.locks.difference_update(self._locks)
+        hold.release()
 
     def _make_machine(self) -> PoolMachine:
         return LockedMachine(self.config, random.random, partial(self._in_loop, self._start_what_was_lost))
@@ -95,40 +116,34 @@ class BlockingRunner(Runner):
             super().perform((kept.popleft(),))
 
     def _start_what_was_lost(self) -> None:
-        """Ctrl-C may have swallowed effects: what is in a state of work without a task gets one."""
-        kept = self.machine.for_loop
-        with self.machine.lock:  # so that nobody is between a decision and its effect
-            effects = [kept.popleft() for _ in range(len(kept))]
-            to_start = self._tasks.keys() | {getattr(effect, "slot", None) for effect in effects}
-            lost = [slot for slot in self.machine.slots() if slot not in to_start and slot.state in _WORK]
-        super().perform((*effects, *(_WORK[slot.state](slot) for slot in lost if slot.state in _WORK)))
+        """A decision was disturbed: what was to be done may have been postponed, or swallowed."""
+        self.machine.carry_out_postponed()
+        self.machine.find_lost(self._tasks)
+        self._perform_kept()
         self.perform(self.machine.wake(monotonic()))
 
     def finish_interrupted(self, connection: Any, lease: int) -> None:
-        """Ctrl-C has struck while this lease was being ended: end it, if that is still to be done."""
+        """Ctrl-C, or a lack of memory, has struck while this lease was being ended: end it, if that is still to be
+        done.
+        """
+        ensure_stack()
         session: Session = connection._session
         slot: Slot = session.slot  # type: ignore[assignment]  # it has had one since its first lease
         with self.machine.lock:
             is_mine = slot.uses == lease and slot.state is LEASED and session.granted_to is None
             is_given_back = session.connection is connection
         if is_mine and session.lease == lease:
-            self.leases.end_lease(connection, after_block=True)
+            Leases.end_lease(self.leases, connection, after_block=True)
         elif is_mine and is_given_back:
             self.perform(self.machine.recycle(slot, monotonic()))
         self._in_loop(self._start_what_was_lost)
 
     def sever(self) -> None:
         """End the leases that keep the pool from closing."""
-        with self.machine.lock:  # so that none is taken or given back in between
-            sessions = [slot.resource for slot in self.machine.leases()]
-            for session in sessions:
-                assert isinstance(session, Session)
-                session.lease = SEVERED
-                session.touched = True
-            effects = self.machine.sever(monotonic())
-        for session in sessions:
-            assert isinstance(session, Session)
-            session.sever()
+        effects = self.machine.sever(monotonic())
+        for effect in effects:
+            if type(effect) is Close and isinstance(effect.slot.resource, Session):
+                effect.slot.resource.sever()
         self.perform(effects)
 
     def disown(self) -> None:
@@ -142,6 +157,10 @@ class BlockingRunner(Runner):
         """Raise PoolClosed if the event loop is gone. Any thread may call the machine."""
         if self.loop.is_closed():
             raise PoolClosed(f"{self.config.name} is closed")
+
+    def must_not_wait(self) -> bool:
+        """Whether the event loop stands still for as long as the caller waits."""
+        return asyncio._get_running_loop() is self.loop or self._loop_thread.waits_for_caller()
 
     # --- what threads call ----------------------------------------------------------------------------------
 
@@ -159,10 +178,11 @@ class BlockingRunner(Runner):
         return connection if self.plain else self.prepare(connection)
 
     def _restore(self, connection: Any) -> None:
+        # Not by way of `session.connection`, which is None of a lease: else Ctrl-C would leave it to nobody.
         session: Session = connection._session
-        session.connection = connection
-        self.leases.restore(session)
-        session.connection = None
+        assert session.baseline is not None
+        session.baseline.restore(connection)
+        session.touched = False
 
     def _has_ended(self, connection: Any) -> bool:
         """Look at the socket of a connection that is about to be handed out; one that has ended is discarded."""
@@ -171,13 +191,15 @@ class BlockingRunner(Runner):
         if fd is not None and not peer_has_closed(fd):
             session.alive_at = monotonic()
             return False
+        ensure_stack()
         self.leases.discard_lease(connection, CloseReason.DISCONNECTED)
         return True
 
     def _wait_for_one(self, began: float, timeout: Timeout) -> Any:
         check_not_finalizing(self.config.name)
-        if asyncio._get_running_loop() is self.loop:
+        if self.must_not_wait():
             raise PoolError(f"{self.config.name}: {OWN_THREAD}")
+        ensure_stack()
         seconds = timeout if timeout is None or isinstance(timeout, (int, float)) else self.config.acquire_timeout
         deadline = NEVER if seconds is None else began + seconds
         now = began
@@ -205,9 +227,7 @@ class BlockingRunner(Runner):
     def prepare(self, connection: Any) -> Any:
         """What `debug` and `setup` want to be done with a lease."""
         session: Session = connection._session
-        session.connection = connection
-        connection = self.leases.renew_for_debug(session)
-        session.connection = None
+        connection = self.leases.renew_for_debug(session, connection)
         if self.config.setup is not None:
             lease = session.lease
             answer = asyncio.run_coroutine_threadsafe(self.driver.set_up_lease(connection), self.loop)
@@ -254,13 +274,14 @@ class BlockingAcquisition(Generic[C]):
         connection: Any = self._connection
         try:
             self._end(connection, connection._session, connection._pool, is_normal=exc_type is None)
-        except Exception:
+        except psycopg.Error:
             raise
-        except BaseException:
+        except BaseException:  # no error of the connection's or the pool's
             self._finish_interrupted(connection, self._number)
             raise
 
     def _end(self, connection: Any, session: Session, leases: Leases, *, is_normal: bool) -> None:
+        ensure_stack()
         if session.lease == self._number:
             if leases.give_back_clean(connection):
                 return

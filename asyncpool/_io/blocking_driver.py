@@ -20,7 +20,6 @@ class BlockingDriver(Driver):
 
     connection_class: type[BaseConnection[Any]] = Connection
     cursor_class: type[Any] = Cursor
-    shared = True
 
     async def _call_conninfo(self, conninfo: Callable[[], object]) -> object:
         answer = await in_daemon_thread(conninfo, "asyncpool: ask for a conninfo")

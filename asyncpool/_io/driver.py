@@ -8,6 +8,7 @@ import inspect
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -105,7 +106,7 @@ class Driver:
 
     connection_class: type[BaseConnection[Any]] = AsyncConnection
     cursor_class: type[Any] = AsyncCursor
-    shared = False  # whether threads use the connections
+    guard: AbstractContextManager[object] | None = None  # if threads use the connections: for who ends a session
 
     def __init__(self, config: PoolConfig, conninfo: Conninfo, given: Mapping[str, Any]) -> None:
         self._config = config
@@ -247,7 +248,7 @@ class Driver:
         return inherited
 
     async def _set_up(self, pgconn: PGconn) -> Session:
-        session = Session(pgconn, asyncio.get_running_loop(), self._config.cancel_timeout, shared=self.shared)
+        session = Session(pgconn, asyncio.get_running_loop(), self._config.cancel_timeout, guard=self.guard)
         session.role = role_of(pgconn)
         try:
             connection = self._options.make(pgconn)

@@ -193,9 +193,9 @@ class Leases:
         session.baseline.restore(session.connection)
         session.touched = False
 
-    def adopt(self, session: Session) -> None:
+    def adopt(self, session: Session, connection: Leased) -> None:
         """Notice when the session's connection object is collected while it is leased."""
-        session.reference = weakref.ref(session.connection, partial(self._on_collected, session))
+        session.reference = weakref.ref(connection, partial(self._on_collected, session))
 
     def _on_collected(self, session: Session, reference: object) -> None:
         # Called by the garbage collector, in any thread and at any moment: it may take no lock.
@@ -221,14 +221,13 @@ class Leases:
             stacklevel=1,
         )
 
-    def renew_for_debug(self, session: Session) -> Leased:
+    def renew_for_debug(self, session: Session, former: Leased) -> Leased:
         """With `debug`: keep the acquire's full stack, and take a connection object that no other lease shares."""
-        if self._debug:
-            session.stack = describe_stack()
-            former = session.connection
-            session.connection = former._renewed()
-            self.adopt(session)  # before the former one can be collected: it is not lost
-        connection: Leased = session.connection
+        if not self._debug:
+            return former
+        session.stack = describe_stack()
+        connection: Leased = former._renewed()
+        self.adopt(session, connection)  # before the former one can be collected: it is not lost
         return connection
 
     # --- long-held leases -----------------------------------------------------------------------------------

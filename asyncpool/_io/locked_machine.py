@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
-from .._core.effects import NO_EFFECTS, Effect, Effects, Refusal, Refuse
+from .._core.effects import NO_EFFECTS, Check, Close, Connect, Effect, Effects, Recycle, Refusal, Refuse
 from .._core.machine import PoolMachine
+from .._core.policy import NEVER
 from .._core.queue import Waiter
 from .._core.slot import Slot
 from .._core.states import SlotState
 from ..config import PoolConfig
 from ..events import CloseReason
-from .session import NOT_LEASED, Session
+from .session import NOT_LEASED, SEVERED, Session
 
 P = ParamSpec("P")
 
@@ -63,39 +65,67 @@ class ThreadWaiter(Waiter):
             self._gate.release()
 
 
+# How many calls deep a decision can get, with what leads to it and what brings its effects to the event loop.
+_STACK = 30
+
+
+def ensure_stack(depth: int = _STACK) -> None:
+    """Raise RecursionError now, when nothing has been changed, if what follows might meet the limit half-way."""
+    if depth:
+        ensure_stack(depth - 1)
+
+
 def _locked(
     method: Callable[Concatenate[PoolMachine, P], Effects],
 ) -> Callable[Concatenate[LockedMachine, P], Effects]:
     def call(self: LockedMachine, /, *args: P.args, **kwargs: P.kwargs) -> Effects:
-        with self.lock:
-            self._depth += 1
-            try:
-                effects = method(self, *args, **kwargs)
-                return self._divide(effects) if self._depth == 1 else effects
-            except BaseException as ex:
-                self._mend_after(ex)
-                raise
-            finally:
-                self._depth -= 1
+        with self.lock:  # nothing is returned in here: Ctrl-C at the end of a call in `return` would leave it locked
+            if self._deciding:
+                effects = self._postpone(partial(method, self, *args, **kwargs), args[0] if args else None)
+            else:
+                self._deciding = True
+                try:
+                    effects = self._divide(method(self, *args, **kwargs))
+                    self._deciding = False
+                except BaseException:
+                    self._mend()
+                    raise
+        return effects
 
     call.__doc__ = method.__doc__
     return call
+
+
+_WORK: dict[SlotState, Callable[[Slot], Effect]] = {
+    SlotState.CONNECTING: Connect,
+    SlotState.CHECKING: Check,
+    SlotState.RECYCLING: Recycle,
+    SlotState.CLOSING: lambda slot: Close(slot, slot.doom),
+}
 
 
 class LockedMachine(PoolMachine):
     """Any thread may call it. It wakes waiters itself; the effects that it returns have been put into `for_loop`, from
     which the event loop takes them in the order of the decisions. The lock is never held across I/O or a callback.
 
-    Ctrl-C may strike in the midst of a decision of the main thread. Then everything is put where its state says, and
-    `on_mended` called, which has to see to it that the event loop looks for work that was decided and never started.
+    Two things may strike in the midst of a decision. After either, `on_disturbed` is called, which has to see to it
+    that the event loop calls `carry_out_postponed` and `find_lost`.
+
+    An exception that is no decision's own: Ctrl-C in the main thread, a lack of memory. Then everything is put where
+    its state says.
+
+    The garbage collector, which may run a finalizer that gives a connection back, in the thread that holds the lock.
+    What it asks for is postponed; `lend` and `take_back` find nothing that they could do. Who would wait there is to
+    be refused before.
     """
 
-    def __init__(self, config: PoolConfig, draw: Callable[[], float], on_mended: Callable[[], None]) -> None:
+    def __init__(self, config: PoolConfig, draw: Callable[[], float], on_disturbed: Callable[[], None]) -> None:
         super().__init__(config, draw)
-        self.lock = threading.RLock()  # its methods call each other
-        self._depth = 0  # they do: their effects are for the outermost to divide
+        self.lock = threading.RLock()  # a finalizer's call must not wait for its own thread
+        self._deciding = False  # whether who holds the lock is half-way
+        self._postponed: deque[tuple[Callable[[], Effects], Slot | None, int]] = deque()
         self.for_loop: deque[Effect] = deque()
-        self._on_mended = on_mended
+        self._on_disturbed = on_disturbed
 
     def _divide(self, effects: Effects) -> Effects:
         for effect in effects:
@@ -114,13 +144,25 @@ class LockedMachine(PoolMachine):
         session.granted_to = next(iter(self.waiters)), slot.uses + 1
         return super()._hand_over(slot, now)
 
-    def _mend_after(self, ex: BaseException) -> None:
+    def _postpone(self, decide: Callable[[], Effects], subject: object) -> Effects:
+        slot = subject if isinstance(subject, Slot) else None
+        self._postponed.append((decide, slot, slot.uses if slot is not None else 0))
+        self._on_disturbed()
+        return NO_EFFECTS
+
+    def _mend(self) -> None:
+        self._deciding = True
+        try:
+            self._put_right()
+        finally:
+            self._deciding = False
+            self._on_disturbed()
+
+    def _put_right(self) -> None:
         """Put every slot where its state says; a connection that was about to be lent is idle again."""
-        if isinstance(ex, Exception):
-            return  # no interruption
         self._divide(self._effects)
         self._effects = []
-        for slot in self._slots:
+        for slot in tuple(self._slots):
             session = slot.resource
             if slot.state in (IDLE, LEASED) and isinstance(session, Session):
                 self._mend_lease(slot, session)
@@ -129,8 +171,9 @@ class LockedMachine(PoolMachine):
                     members.remove(slot)
                 elif slot not in members and state is slot.state:
                     members.append(slot) if isinstance(members, list) else members.add(slot)
+            if slot.state is SlotState.GONE:
+                self._admit(slot, SlotState.GONE)
         self._idle.sort(key=lambda slot: slot.idle_since)
-        self._on_mended()
 
     def _mend_lease(self, slot: Slot, session: Session) -> None:
         waiter, uses = session.granted_to or (None, 0)
@@ -154,15 +197,17 @@ class LockedMachine(PoolMachine):
         """Lease the connection that was idle for the shortest time, to a caller at this place of the code. None if
         there is none, or it may not be handed out as it is, or is not known to have been alive since then.
         """
+        mine = False
         try:
             self.lock.acquire()  # a `with` costs twice as much; in front of the `try`, Ctrl-C could leave it locked
             idle = self._idle
-            if not idle:
+            if not idle or self._deciding:
                 return None
             slot = idle[-1]
             session: Session = slot.resource  # type: ignore[assignment]  # an object to PoolMachine, which never looks
             if now >= slot.fresh_until or session.alive_at < alive_since or session.touched:
                 return None
+            mine = self._deciding = True
             slot.uses = session.lease = uses = slot.uses + 1  # first, so that `_mend_lease` knows what is going on
             idle.pop()
             slot.state = LEASED
@@ -170,14 +215,18 @@ class LockedMachine(PoolMachine):
             slot.owner = None
             slot.leased_at = now
             if uses >= self._max_uses:
-                self._doom(slot, CloseReason.MAX_USES)
+                slot.expires_at = -NEVER  # `_doom` in line: at the recursion limit, no call may fail here
+                slot.doom = CloseReason.MAX_USES
             session.site_code = code
             session.site_offset = offset
             connection = session.connection
             session.connection = None
+            self._deciding = False
             return connection
-        except BaseException as ex:
-            self._mend_after(ex)
+        except BaseException:
+            if mine:
+                self._deciding = False
+                self._mend()
             raise
         finally:
             try:  # noqa: SIM105  # slow
@@ -187,6 +236,7 @@ class LockedMachine(PoolMachine):
 
     def take_back(self, connection: Any, session: Session, lease: int, now: float) -> bool:
         """End that lease of a clean connection. False, and nothing done, if there is more to it: see `give_back`."""
+        mine = False
         try:
             self.lock.acquire()  # as in `lend`
             slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased
@@ -202,22 +252,32 @@ class LockedMachine(PoolMachine):
                 or slot.retires_at < self._wake_at
                 or len(self._slots) > self.max_size
                 or session.held_warned
+                or self._deciding
             ):
                 return False
+            if self.waiters:
+                ensure_stack()
+                mine = self._deciding = True
+                session.lease = NOT_LEASED
+                session.connection = connection
+                self._divide(PoolMachine.give_back(self, slot, answered_at, now))
+                self._deciding = False
+                return True
+            mine = self._deciding = True
             session.lease = NOT_LEASED
             session.connection = connection
             slot.idle_since = now
             slot.verified_at = answered_at
             slot.fresh_until = fresh_until if fresh_until < slot.expires_at else slot.expires_at  # noqa: FURB136
-            if self.waiters:
-                self._hand_over(slot, now).wake()  # type: ignore[attr-defined]  # all are ThreadWaiters here
-                return True
             self._leased.remove(slot)
             slot.state = IDLE
             self._idle.append(slot)
+            self._deciding = False
             return True
-        except BaseException as ex:
-            self._mend_after(ex)
+        except BaseException:
+            if mine:
+                self._deciding = False
+                self._mend()
             raise
         finally:
             try:  # noqa: SIM105  # slow
@@ -242,7 +302,7 @@ class LockedMachine(PoolMachine):
         """Like `enqueue`, but refuses if every place is leased, or will be to those who wait already."""
         if len(self._leased) + len(self.waiters) >= self.max_size:
             return (Refuse(waiter, Refusal.TOO_MANY_WAITING),)
-        return self.enqueue(waiter, now)
+        return PoolMachine.enqueue(self, waiter, now)
 
     def _withdraw(self: PoolMachine, waiter: Waiter, now: float) -> Effects:
         """The caller is gone."""
@@ -264,6 +324,35 @@ class LockedMachine(PoolMachine):
         """A lease ends and the connection cannot be used any more."""
         return PoolMachine.discard(self, slot, reason, now) if slot.state is LEASED else NO_EFFECTS
 
+    # --- what the event loop calls --------------------------------------------------------------------------
+
+    def carry_out_postponed(self) -> None:
+        """Decide what finalizers have asked for in the midst of other decisions."""
+        while self._postponed:
+            decide, slot, uses = self._postponed.popleft()
+            if slot is None or slot.uses == uses:  # else Ctrl-C came too, and the lease was ended for good
+                self._carry_out(decide)
+
+    def _decide(self: PoolMachine, decide: Callable[[], Effects]) -> Effects:
+        return decide()
+
+    def _find_lost(self: PoolMachine, under_way: Iterable[Slot]) -> Effects:
+        """Work that was decided and is not under way: its effects were swallowed."""
+        assert isinstance(self, LockedMachine)
+        self._put_right()
+        to_start = {*under_way, *(getattr(effect, "slot", None) for effect in self.for_loop)}
+        return [_WORK[slot.state](slot) for slot in self._slots if slot not in to_start and slot.state in _WORK]
+
+    def _sever(self: PoolMachine, now: float) -> Effects:
+        """Close what is still leased while the pool closes. No thread can use it any more."""
+        for slot in self.leases():
+            assert isinstance(slot.resource, Session)
+            slot.resource.lease = SEVERED
+            slot.resource.touched = True
+        return PoolMachine.sever(self, now)
+
+    _carry_out = _locked(_decide)
+    find_lost = _locked(_find_lost)
     enqueue_unless_exhausted = _locked(_enqueue_unless_exhausted)
 
     if not TYPE_CHECKING:  # their signatures are PoolMachine's
@@ -283,7 +372,7 @@ class LockedMachine(PoolMachine):
         wake = _locked(PoolMachine.wake)
         open = _locked(PoolMachine.open)
         close = _locked(PoolMachine.close)
-        sever = _locked(PoolMachine.sever)
+        sever = _locked(_sever)
         resize = _locked(PoolMachine.resize)
         doubt = _locked(PoolMachine.doubt)
         drain = _locked(PoolMachine.drain)

@@ -81,6 +81,8 @@ if hasattr(os, "register_at_fork"):
 class Runner:
     """One opening of a pool, from `open` to `closed`, bound to the event loop it is made in."""
 
+    _leases_class: type[Leases] = Leases
+
     def __init__(self, config: PoolConfig, driver: Driver, *, debug: bool) -> None:
         self.config = config
         self.driver = driver
@@ -91,7 +93,7 @@ class Runner:
         self._pid = os.getpid()
         self.machine = self._make_machine()
         self.watch: DisconnectWatch[Session] = DisconnectWatch(self.loop, self._on_disconnect)
-        self.leases = Leases(config, self.machine, self.watch, self.perform, debug=debug)
+        self.leases = self._leases_class(config, self.machine, self.watch, self.perform, debug=debug)
         self.opening: asyncio.Future[None] = self.loop.create_future()
         self.closing: asyncio.Future[None] = self.loop.create_future()
         self.last_connect_error: Exception | None = None
@@ -340,7 +342,7 @@ class Runner:
         slot.resource = session
         session.slot = slot
         session.connection._pool = self.leases
-        self.leases.adopt(session)
+        self.leases.adopt(session, session.connection)
         session.touched = False
         session.reader.on_lost = partial(self.watch.unregister, session.reader.fd, session)
         self.watch.register(session.reader.fd, session)

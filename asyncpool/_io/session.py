@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import threading
 import weakref
 from contextlib import AbstractContextManager
 from types import CodeType
@@ -91,14 +90,19 @@ class Session:
     )
 
     def __init__(
-        self, pgconn: PGconn, loop: asyncio.AbstractEventLoop, cancel_timeout: float, *, shared: bool = False
+        self,
+        pgconn: PGconn,
+        loop: asyncio.AbstractEventLoop,
+        cancel_timeout: float,
+        *,
+        guard: AbstractContextManager[object] | None = None,
     ) -> None:
         self.pgconn = pgconn
         self.backend_pid = pgconn.backend_pid
+        shared = self.shared = guard is not None  # whether its users run their statements in threads of their own
         self.reader = Reader(loop, pgconn, keeps_reading=not shared)
-        self.shared = shared  # whether its users run their statements in other threads than the event loop's
         # Who ends a session looks at its descriptor, which a thread inside libpq may close in that instant.
-        self.guard: AbstractContextManager[object] = threading.Lock() if shared else contextlib.nullcontext()
+        self.guard = guard or contextlib.nullcontext()
         self.granted_to: Any = None  # if shared: the waiter that has not taken it yet, and the number of its lease
         self.alive_at = 0.0  # if shared: when its socket was last seen open, or the server heard
         self.in_thread = False  # whether one is inside libpq now: then nobody else may finish the PGconn
