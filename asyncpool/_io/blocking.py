@@ -19,7 +19,6 @@ from psycopg import Connection
 from .._core.effects import Close, Effects
 from .._core.machine import PoolMachine
 from .._core.policy import NEVER
-from .._core.slot import Slot
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError
 from ..events import CloseReason
@@ -128,7 +127,9 @@ class BlockingRunner(Runner):
         """
         ensure_stack()
         session: Session = connection._session
-        slot: Slot = session.slot  # type: ignore[assignment]  # it has had one since its first lease
+        slot = session.slot
+        if slot is None:
+            return  # with `debug`: its session has another connection object now
         with self.machine.lock:
             is_mine = slot.uses == lease and slot.state is LEASED and session.granted_to is None
             is_given_back = session.connection is connection
@@ -200,6 +201,8 @@ class BlockingRunner(Runner):
         if self.must_not_wait():
             raise PoolError(f"{self.config.name}: {OWN_THREAD}")
         ensure_stack()
+        if self.leases.dropped:
+            self._in_loop(self.leases.take_back_dropped)
         seconds = timeout if timeout is None or isinstance(timeout, (int, float)) else self.config.acquire_timeout
         deadline = NEVER if seconds is None else began + seconds
         now = began

@@ -47,7 +47,7 @@ class _Retired:
 
     lease = undone_lease = NOT_LEASED
     touched = False
-    reader = None
+    reader = slot = None
     commit = CommitPhase.NONE
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
@@ -60,6 +61,7 @@ class Leases:
         self._reset_needed = config.reset != "rollback"
         self.warn_in_transaction = True  # until it was done once
         self._held_timer: asyncio.TimerHandle | None = None
+        self.dropped: deque[tuple[Session, int]] = deque()  # for `take_back_dropped`
 
     def give_back_clean(self, connection: Leased) -> bool:
         """End a lease whose connection can go to the next user as it is; False, and nothing done, if it cannot."""
@@ -205,7 +207,15 @@ class Leases:
         try:
             self._loop.call_soon_threadsafe(self._take_back_lost, session, slot.uses)
         except RuntimeError:
-            session.abandon()  # the loop is closed
+            if self._loop.is_closed():
+                session.abandon()
+            else:  # too near to the recursion limit
+                self.dropped.append((session, slot.uses))
+
+    def take_back_dropped(self) -> None:
+        """Take back what was collected where nobody could be told."""
+        while self.dropped:
+            self._take_back_lost(*self.dropped.popleft())
 
     def _take_back_lost(self, session: Session, lease: int) -> None:
         slot = session.slot
