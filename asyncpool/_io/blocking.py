@@ -30,7 +30,7 @@ from .locked_machine import LockedMachine, ThreadWaiter, current, ensure_stack
 from .loop_thread import OWN_THREAD, Hold, LoopThread
 from .reader import socket_of
 from .runner import Runner
-from .session import FORKED, SEVERED, Session
+from .session import FORKED, IDLE, SEVERED, Session
 from .watch import peer_has_closed
 
 C = TypeVar("C", bound=Connection[Any])
@@ -57,6 +57,7 @@ class BlockingLeases(Leases):
     """Ends a lease in the thread that had it, whatever strikes meanwhile."""
 
     finish_interrupted: Callable[[Any, int], None]  # the runner's
+    take_back: Callable[[Any, Session, int, float], bool]  # the machine's
 
     def end_lease(self, connection: Leased, *, after_block: bool = False) -> None:
         """Take a connection back, in whatever condition it is."""
@@ -83,6 +84,7 @@ class BlockingRunner(Runner):
             self.leases.close_returns = False
             self.leases.warn_in_transaction = False
         self.leases.finish_interrupted = self.finish_interrupted
+        self.leases.take_back = self.machine.take_back
         hold = LoopThread.hold()
         self._loop_thread = hold.thread
         driver.guard = threading.RLock()
@@ -283,10 +285,16 @@ class BlockingAcquisition(Generic[C]):
             self._finish_interrupted(connection, self._number)
             raise
 
-    def _end(self, connection: Any, session: Session, leases: Leases, *, is_normal: bool) -> None:
-        ensure_stack()
+    def _end(self, connection: Any, session: Session, leases: BlockingLeases, *, is_normal: bool) -> None:
         if session.lease == self._number:
-            if leases.give_back_clean(connection):
+            if (
+                not session.touched
+                and session.pgconn.transaction_status == IDLE
+                and leases.take_back(connection, session, self._number, monotonic())
+            ):
+                return
+            ensure_stack()
+            if session.lease == self._number and leases.give_back_clean(connection):
                 return
         elif session.lease != SEVERED:
             if is_normal:

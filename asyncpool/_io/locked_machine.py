@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -69,10 +70,20 @@ class ThreadWaiter(Waiter):
 _STACK = 30
 
 
-def ensure_stack(depth: int = _STACK) -> None:
+def ensure_stack() -> None:
     """Raise RecursionError now, when nothing has been changed, if what follows might meet the limit half-way."""
+    try:
+        # On Python 3.11 calls of C functions count as well, of which there may be two to a frame.
+        sys._getframe(sys.getrecursionlimit() // 3)
+    except ValueError:
+        return  # there are not that many
+    reach(_STACK)
+
+
+def reach(depth: int) -> None:
+    """Call so deep, to see whether it is possible."""
     if depth:
-        ensure_stack(depth - 1)
+        reach(depth - 1)
 
 
 def _locked(
@@ -256,19 +267,17 @@ class LockedMachine(PoolMachine):
             ):
                 return False
             if self.waiters:
-                ensure_stack()
-                mine = self._deciding = True
-                session.lease = NOT_LEASED
-                session.connection = connection
-                self._divide(PoolMachine.give_back(self, slot, answered_at, now))
-                self._deciding = False
-                return True
+                ensure_stack()  # `_hand_over` calls others
             mine = self._deciding = True
             session.lease = NOT_LEASED
             session.connection = connection
             slot.idle_since = now
             slot.verified_at = answered_at
             slot.fresh_until = fresh_until if fresh_until < slot.expires_at else slot.expires_at  # noqa: FURB136
+            if self.waiters:
+                self._hand_over(slot, now).wake()  # type: ignore[attr-defined]  # all are ThreadWaiters here
+                self._deciding = False
+                return True
             self._leased.remove(slot)
             slot.state = IDLE
             self._idle.append(slot)

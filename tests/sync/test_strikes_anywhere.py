@@ -19,7 +19,7 @@ import pytest
 from kit.waiting import eventually_blocking
 
 from asyncpool import PoolError, PoolTimeout, SyncPool
-from asyncpool._io.locked_machine import ensure_stack
+from asyncpool._io.locked_machine import ensure_stack, reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,6 +40,8 @@ SIZE = 2
 STEP = 3
 RARE_STEP = 13
 NEVER = 10**9
+# And an exception that a trace function raises amid the handling of another leaks objects, on Python 3.11.
+NOTHING_CHANGES_IN = (ensure_stack.__code__, reach.__code__)
 
 
 class Striking:
@@ -57,7 +59,7 @@ class Striking:
         return self._left == 0
 
     def trace(self, frame: FrameType, event: str, _: Any) -> Trace | None:
-        if "/asyncpool/" not in frame.f_code.co_filename or frame.f_code is ensure_stack.__code__:
+        if "/asyncpool/" not in frame.f_code.co_filename or frame.f_code in NOTHING_CHANGES_IN:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -251,7 +253,7 @@ class KeepingPool(SyncPool[Any]):
 def test_near_the_recursion_limit_nothing_is_lost(dsn: str, work: Callable[[Pool, Threads], None]) -> None:
     with KeepingPool(dsn, min_size=SIZE, max_size=SIZE, autocommit=True) as pool:
         errors = 0
-        for room in range(1, 90):
+        for room in range(random.randint(1, 3), 90, 3):
             try:
                 with_room_for(room, lambda: work(pool, []))
             except (RecursionError, PoolError):
@@ -260,7 +262,7 @@ def test_near_the_recursion_limit_nothing_is_lost(dsn: str, work: Callable[[Pool
             pool.put_kept()
             assert_healthy(pool)
             pool.kept.clear()
-        assert 0 < errors < 89
+        assert 0 < errors < 29
 
 
 def with_room_for(calls: int, function: Callable[[], None]) -> None:
