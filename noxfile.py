@@ -63,6 +63,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-n", "3", *session.posargs)
 
 
+@nox.session(python=["3.13t", "3.14t"])
+def free_threaded(session: nox.Session) -> None:
+    """The tests of the blocking pools on a free-threaded Python, if the machine has one; not by default."""
+    session.install(".[demo]", *group("test"))
+    session.run("pytest", "tests/sync", *session.posargs, env={"PYTHON_GIL": "0"})
+
+
 @nox.session
 def chaos(session: nox.Session) -> None:
     """Storms of cancelled tasks, dying servers and failing callables, for 10 minutes, or as told after `--`."""

@@ -116,13 +116,13 @@ _TOO_GREAT = 2**63
 _PORT = re.compile(r"\s*\+?[0-9]{1,9}\s*", re.ASCII)
 
 
-def check_option_names(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise TypeError for a name that is not known, and suggest the nearest."""
+def check_option_names(names: Iterable[str], known: Iterable[str], called: str = "Pool") -> None:
+    """Raise TypeError for a name that is not known to what was called, and suggest the nearest."""
     known = frozenset(known)
     for name in names:
         if name in known:
             continue
-        message = f"Pool() got an unknown option {name!r}"
+        message = f"{called}() got an unknown option {name!r}"
         nearest = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
         nearest += difflib.get_close_matches(name, sorted(known), n=1)
         raise TypeError(f"{message}: did you mean {nearest[0]!r}?" if nearest else message)

@@ -101,7 +101,7 @@ class Pool(Generic[C]):
     ) -> None: ...
     def __init__(self, conninfo: Conninfo = "", **options: Any) -> None:
         own, given = split_options(options)
-        check_option_names(given, CONNECT_OPTIONS | OPTION_NAMES | {"connection_class"})
+        check_option_names(given, CONNECT_OPTIONS | OPTION_NAMES | {"connection_class"}, self._class_name)
         check_connection_options(given, self._driver_class.connection_class, self._driver_class.cursor_class)
         self._config = PoolConfig(**own)
         self._driver = self._driver_class(self._config, conninfo, given)
@@ -136,6 +136,7 @@ class Pool(Generic[C]):
         runner = self._runner_to_open(single_round=limit == 0)
         if not wait:
             return
+        runner.opening_is_awaited = True
         try:
             await asyncio.wait((runner.opening,), timeout=limit or None)
             if not runner.opening.done():
@@ -208,6 +209,14 @@ class Pool(Generic[C]):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         await self.close()
+
+    if not TYPE_CHECKING:  # for who mistakes it for a SyncPool
+
+        def __enter__(self):
+            raise TypeError(f"{self._class_name} wants `async with`; SyncPool is the one for `with`")
+
+        def __exit__(self, *_):
+            """Python looks for it before it calls __enter__."""
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
         runner = self._runner
@@ -360,9 +369,11 @@ class Pool(Generic[C]):
         if runner is None or runner.phase is PoolPhase.CLOSED:
             return []
         now = monotonic()
-        sessions = [(slot, cast(Session, slot.resource)) for slot in runner.machine.leases()]
+        sessions = [(slot, slot.resource) for slot in runner.machine.leases()]
         return [
-            Holder(session.site, now - slot.leased_at, session.backend_pid, session.stack) for slot, session in sessions
+            Holder(session.site, now - slot.leased_at, session.backend_pid, session.stack)
+            for slot, session in sessions
+            if isinstance(session, Session)  # else its end came meanwhile, in another thread
         ]
 
     # --- refusals -------------------------------------------------------------------------------------------

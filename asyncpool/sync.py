@@ -170,6 +170,14 @@ class SyncPool(Generic[C]):
     ) -> None:
         self.close()
 
+    if not TYPE_CHECKING:  # for who mistakes it for a Pool
+
+        async def __aenter__(self):
+            raise TypeError("SyncPool wants `with`; Pool is the one for `async with`")
+
+        async def __aexit__(self, *_):
+            """Python looks for it before it calls __aenter__."""
+
     def _in_loop(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Have the background loop do something, and wait for it."""
         check_not_finalizing(self.name)

@@ -44,7 +44,7 @@ def check_not_finalizing(name: str) -> None:
 
 class WaitUnlessExhausted:
     """The type of WAIT_UNLESS_EXHAUSTED: a caller who waits for what is being connected, cleaned or closed, and is
-    refused at once if every place is leased.
+    refused at once if every place is leased, and as soon as a connect fails.
     """
 
 
@@ -209,7 +209,7 @@ class BlockingRunner(Runner):
         deadline = NEVER if seconds is None else began + seconds
         now = began
         while True:
-            waiter = ThreadWaiter(deadline, began)
+            waiter = ThreadWaiter(deadline, began, wants_errors=timeout is WAIT_UNLESS_EXHAUSTED)
             try:
                 if timeout is WAIT_UNLESS_EXHAUSTED:
                     effects = self.machine.enqueue_unless_exhausted(waiter, now)

@@ -241,12 +241,17 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
         if session.lease in UNUSABLE:
             raise PoolError(UNUSABLE[session.lease])
         session.touched = True
+        asks = getattr(gen, "gi_code", None) not in _MAY_BE_SILENT or self.pgconn.transaction_status != IDLE
         session.in_thread = True
+        heard = False
         try:
             if session.lease in UNUSABLE:  # whoever severs looks at these two in the other order
                 raise PoolError(UNUSABLE[session.lease])
-            return super().wait(gen, interval, timeout)
+            result = super().wait(gen, interval, timeout)
+            heard = asks
+            return result
         except Exception as error:
+            heard = isinstance(error, e.Error) and error.pgresult is not None
             session.refused_write |= isinstance(error, e.ReadOnlySqlTransaction)
             self._raise_if_outcome_lost(error)
             raise
@@ -254,10 +259,11 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
             session.drop_results_in_thread()
             raise
         finally:
+            session.in_thread = False  # first, as whoever severs looks at these two in the other order here too
             if session.lease in UNUSABLE:
                 session.sever_in_thread()
-            session.in_thread = False
-            session.reader.answered_at = session.alive_at = monotonic()
+            if heard:
+                session.reader.answered_at = session.alive_at = monotonic()
             status = self.pgconn.transaction_status
             if status != UNKNOWN:
                 session.in_transaction = status != IDLE
@@ -292,6 +298,19 @@ def _check_not_lost(transaction: BaseTransaction[Any]) -> None:
     if transaction.status is BaseTransaction.Status.FAILED and not transaction.force_rollback:
         raise PoolError("the connection was lost inside conn.transaction(), and what that did is not committed")
 
+
+# These ask the server nothing when no transaction is open.
+_MAY_BE_SILENT = frozenset(
+    cast(FunctionType, function).__code__
+    for function in (
+        BaseConnection._commit_gen,
+        BaseConnection._rollback_gen,
+        BaseConnection._set_autocommit_gen,
+        BaseConnection._set_isolation_level_gen,
+        BaseConnection._set_read_only_gen,
+        BaseConnection._set_deferrable_gen,
+    )
+)
 
 # By these psycopg ends a block that was left.
 _TRANSACTION_EXIT = cast(FunctionType, BaseTransaction._exit_gen).__code__

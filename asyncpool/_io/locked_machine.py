@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from .._core.effects import NO_EFFECTS, Check, Close, Connect, Effect, Effects, Recycle, Refusal, Refuse
 from .._core.machine import PoolMachine
-from .._core.policy import NEVER
+from .._core.policy import NEVER, ConnectFailure
 from .._core.queue import Waiter
 from .._core.slot import Slot
 from .._core.states import SlotState
@@ -45,14 +45,15 @@ current = _Current()
 class ThreadWaiter(Waiter):
     """A thread in the queue. It is woken with a slot or a refusal."""
 
-    __slots__ = ("_gate", "began", "refusal")
+    __slots__ = ("_gate", "began", "refusal", "wants_errors")
 
-    def __init__(self, deadline: float, began: float) -> None:
+    def __init__(self, deadline: float, began: float, *, wants_errors: bool = False) -> None:
         self.deadline = deadline
         self.owner = current.owner
         self.slot = None
         self.began = began
         self.refusal: Refusal | None = None
+        self.wants_errors = wants_errors  # it is refused as soon as a connect fails
         self._gate = threading.Lock()
         self._gate.acquire()
 
@@ -313,6 +314,16 @@ class LockedMachine(PoolMachine):
             return (Refuse(waiter, Refusal.TOO_MANY_WAITING),)
         return PoolMachine.enqueue(self, waiter, now)
 
+    def _connect_failed(
+        self: PoolMachine, slot: Slot, failure: ConnectFailure, now: float, reason: CloseReason | None = None
+    ) -> Effects:
+        """No connection came of it."""
+        effects = PoolMachine.connect_failed(self, slot, failure, now, reason)
+        refused = [waiter for waiter in self.waiters if isinstance(waiter, ThreadWaiter) and waiter.wants_errors]
+        for waiter in refused:
+            self.waiters.discard(waiter)
+        return [*effects, *(Refuse(waiter, Refusal.CANNOT_CONNECT) for waiter in refused)]
+
     def _withdraw(self: PoolMachine, waiter: Waiter, now: float) -> Effects:
         """The caller is gone."""
         if waiter.slot is not None and isinstance(waiter.slot.resource, Session):
@@ -371,7 +382,7 @@ class LockedMachine(PoolMachine):
         enqueue = _locked(PoolMachine.enqueue)
         withdraw = _locked(_withdraw)
         connected = _locked(PoolMachine.connected)
-        connect_failed = _locked(PoolMachine.connect_failed)
+        connect_failed = _locked(_connect_failed)
         check_passed = _locked(PoolMachine.check_passed)
         check_failed = _locked(PoolMachine.check_failed)
         recycled = _locked(PoolMachine.recycled)

@@ -99,6 +99,7 @@ class Runner:
         self.last_connect_error: Exception | None = None
         self.last_connect_error_at = 0.0
         self._single_round = False
+        self.opening_is_awaited = False  # so that somebody gets the error raised that ends it
         _all_runners.add(self)
         self._tasks: dict[Slot, asyncio.Task[None]] = {}
         self._scopes: dict[Slot, anyio.CancelScope] = {}
@@ -146,7 +147,7 @@ class Runner:
         return PoolPhase.CLOSED if self.loop.is_closed() else self.machine.phase
 
     def open(self, *, single_round: bool) -> None:
-        """Start connecting. `single_round`: the first error is raised, and need not be logged."""
+        """Start connecting. `single_round`: the first error ends it."""
         self._single_round = single_round
         self.perform(self.machine.open(monotonic(), single_round=single_round))
         if self.config.long_held_after is not None:
@@ -237,7 +238,9 @@ class Runner:
             )
         error: PoolError
         if refusal is Refusal.TIMEOUT:
-            error = PoolTimeout(f"{name}: no connection within {monotonic() - began:.3g} s; {self.describe()}")
+            seconds = monotonic() - began
+            within = f"{seconds:.3g}" if seconds >= 0.001 else "0"
+            error = PoolTimeout(f"{name}: no connection within {within} s; {self.describe()}")
         else:
             error = PoolError(f"{name}: cannot connect: {self._connect_error_words()}")
         error.__cause__ = self.last_connect_error
@@ -309,7 +312,8 @@ class Runner:
         """Somebody cancelled the pool's task, perhaps before it began: its outcome is failure."""
         now = monotonic()
         if slot.state is SlotState.CONNECTING:
-            self._note_connect_error(OperationalError(f"the pool's task that connects {what}"), logging.DEBUG)
+            error = OperationalError(f"the pool's task that connects {what}")
+            self._note_connect_error(ConnectFailed(error, ConnectFailure.TRANSIENT), logging.DEBUG)
             self.perform(self.machine.connect_failed(slot, ConnectFailure.TRANSIENT, now))
         elif slot.state is SlotState.CHECKING:
             self.perform(self.machine.check_failed(slot, CloseReason.CHECK_FAILED, now))
@@ -328,7 +332,7 @@ class Runner:
             try:
                 session = await self.driver.connect()
             except ConnectFailed as failed:
-                self._note_connect_error(failed.error)
+                self._note_connect_error(failed)
                 self.perform(self.machine.connect_failed(slot, failed.failure, monotonic(), failed.reason))
             else:
                 self._admit(slot, session)
@@ -351,9 +355,11 @@ class Runner:
             logger.info("%s: connected again", self.config.name)
             self.last_connect_error = None
 
-    def _note_connect_error(self, error: Exception, level: int = logging.WARNING) -> None:
+    def _note_connect_error(self, failed: ConnectFailed, level: int = logging.WARNING) -> None:
         # The first of an outage is news, unless it is raised by open().
-        told = self._single_round and self.phase is PoolPhase.OPENING
+        error = failed.error
+        ends_opening = self._single_round or failed.failure is ConnectFailure.FINAL
+        told = self.opening_is_awaited and ends_opening and self.phase is PoolPhase.OPENING
         if told or self.last_connect_error is not None:
             level = logging.DEBUG
         logger.log(level, "%s: connecting failed: %s", self.config.name, words_of(error))

@@ -130,6 +130,10 @@ class LegacyServerCursor(ServerCursor[Any]):
         return super().execute(query, params, **kwargs)
 
 
+class ConnectionClosed(psycopg.InterfaceError, psycopg.OperationalError):
+    """What psycopg2 raises of a closed connection, and psycopg 3."""
+
+
 class LegacyConnection(psycopg.Connection[Any]):
     """`with` is a transaction, also with autocommit, and does not close; isolation levels and cursors are as in
     psycopg2.
@@ -175,6 +179,20 @@ class LegacyConnection(psycopg.Connection[Any]):
     def readonly(self, value: bool | None) -> None:
         self.read_only = value
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ConnectionClosed("connection already closed")
+
+    def commit(self) -> None:
+        """Commit what has been done since the last one. Raises InterfaceError if the connection is closed."""
+        self._check_open()
+        super().commit()
+
+    def rollback(self) -> None:
+        """Undo what has been done since the last commit. Raises InterfaceError if the connection is closed."""
+        self._check_open()
+        super().rollback()
+
     def cursor(  # type: ignore[override]  # psycopg2's signature
         self,
         name: str | None = None,
@@ -184,6 +202,7 @@ class LegacyConnection(psycopg.Connection[Any]):
         **kwargs: Any,
     ) -> psycopg.Cursor[Any]:
         """A cursor; with a name, one that stays on the server."""
+        self._check_open()
         cursor: psycopg.Cursor[Any]
         if name:
             cursor = super().cursor(name, scrollable=scrollable, withhold=withhold, **kwargs)

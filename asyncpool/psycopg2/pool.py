@@ -11,7 +11,8 @@ from typing import Any
 
 from .. import errors
 from .._io.blocking import WAIT_UNLESS_EXHAUSTED, Timeout
-from ..config import check_timeout, is_true, shown
+from ..config import OPTION_NAMES, check_timeout, is_true, shown
+from ..conninfo import CONNECT_OPTIONS, check_option_names
 from ..sync import DropInLoopPool, SyncPool
 from .connection import Context, LegacyConnection, split_parameters
 
@@ -47,7 +48,10 @@ class AbstractConnectionPool:
             self._timeout = WAIT_UNLESS_EXHAUSTED
         else:
             check_timeout("timeout", self._timeout)
-        self._sync_pool = _DropInPool(**_options(self._minconn, self._maxconn, *args, **kwargs))
+        options = _options(self._minconn, self._maxconn, *args, **kwargs)
+        known = CONNECT_OPTIONS | OPTION_NAMES | {"connection_class", "conninfo"}
+        check_option_names(options, known, type(self).__name__)
+        self._sync_pool = _DropInPool(**options)
         self._sync_pool.open(timeout=0)
 
     @property

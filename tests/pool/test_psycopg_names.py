@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Every private name of psycopg that the package mentions. A new one wants a test in
-# test_psycopg_contract.py or test_psycopg_client_state.py; what `_io/libpq.py` does
+# test_psycopg_contract.py or test_psycopg_client_state.py; those that may ask the server nothing are in
+# tests/sync/test_health.py; what `_io/libpq.py` does
 # with `_pq_ctypes` is tested in tests/test_libpq.py.
 TESTED = {
     "_WaitTimeout",
     "_adapters",
     "_autocommit",
     "_begin_statement",
+    "_commit_gen",
     "_connection_base",
     "_deferrable",
     "_dumpers",
@@ -46,6 +48,11 @@ TESTED = {
     "_preparing",
     "_read_only",
     "_registry",
+    "_rollback_gen",
+    "_set_autocommit_gen",
+    "_set_deferrable_gen",
+    "_set_isolation_level_gen",
+    "_set_read_only_gen",
     "_tpc",
     "_try_cancel",
 }

@@ -194,3 +194,24 @@ def test_with_conn_cannot_be_entered_twice(dsn: str) -> None:
         pass
     assert conn.autocommit
     pool.closeall()
+
+
+def test_a_closed_connection_is_refused_as_by_psycopg2_and_by_psycopg(dsn: str) -> None:
+    with closing(ThreadedConnectionPool(1, 1, dsn)) as pool:
+        conn = pool.getconn()
+        conn.close()
+        for use in (conn.cursor, conn.commit, conn.rollback):
+            for expected in (psycopg2.InterfaceError, psycopg2.OperationalError):
+                with pytest.raises(expected, match=r"^connection already closed$"):
+                    use()
+        pool.putconn(conn)
+
+
+def test_a_cursor_of_a_closed_connection_is_refused_with_an_error_of_pep_249(dsn: str) -> None:
+    with closing(ThreadedConnectionPool(1, 1, dsn)) as pool:
+        conn = pool.getconn()
+        cursor = conn.cursor()
+        conn.close()
+        with pytest.raises(psycopg2.Error):
+            cursor.execute("select 1")
+        pool.putconn(conn)

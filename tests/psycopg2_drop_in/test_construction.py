@@ -212,3 +212,8 @@ def test_arguments_that_make_no_sense_are_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=words):
         ThreadedConnectionPool(*sizes, **{"dsn": dsn, **options})
+
+
+def test_an_unknown_parameter_names_the_class_that_was_called(dsn: str) -> None:
+    with pytest.raises(TypeError, match=r"^ThreadedConnectionPool\(\) got an unknown option 'conect_timeout'"):
+        ThreadedConnectionPool(1, 1, dsn, conect_timeout=1)

@@ -231,3 +231,13 @@ def connection_of(pool: AbstractConnectionPool) -> Any:
         return pool._getconn()
     except psycopg2.OperationalError:
         return None
+
+
+def test_while_the_server_is_away_it_raises_the_connect_error_at_once(private_server: EmbeddedServer) -> None:
+    with closing(ThreadedConnectionPool(0, 2, private_server.dsn())) as pool:
+        pool.putconn(pool.getconn(), close=True)
+        private_server.stop()
+        began = time.monotonic()
+        with pytest.raises(psycopg2.OperationalError, match="connection failed"):
+            pool.getconn()
+        assert time.monotonic() - began < 5

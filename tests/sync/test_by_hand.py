@@ -335,3 +335,27 @@ def test_a_connection_put_back_to_be_closed_is_closed_at_once(dsn: str) -> None:
             conn = pool.getconn()
             pool.putconn(conn, close=True)
             assert conn.closed
+
+
+def test_the_wrong_kind_of_with_names_the_right_class(dsn: str) -> None:
+    pool: Any = Pool(dsn)
+    with pytest.raises(TypeError, match="Pool wants `async with`; SyncPool"), pool:
+        pass
+    sync_pool: Any = SyncPool(dsn)
+
+    async def enter() -> None:
+        async with sync_pool:
+            pass
+
+    with pytest.raises(TypeError, match="SyncPool wants `with`; Pool"):
+        asyncio.run(enter())
+
+
+def test_a_refusal_at_once_names_no_fraction_of_a_second(dsn: str) -> None:
+    with exhausted(dsn) as (pool, _), pytest.raises(PoolTimeout, match="no connection within 0 s;"):
+        pool.getconn(timeout=0)
+
+
+def test_an_unknown_option_names_the_class_that_was_called(dsn: str) -> None:
+    with pytest.raises(TypeError, match=r"^SyncPool\(\) got an unknown option 'max_sise': did you mean 'max_size'"):
+        SyncPool(dsn, max_sise=1)  # type: ignore[call-overload]

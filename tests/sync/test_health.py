@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
@@ -15,6 +15,7 @@ from kit.threads import in_thread, in_threads
 from kit.waiting import eventually_blocking
 
 from asyncpool import CloseReason, SyncPool
+from asyncpool._io.session import SEVERED
 
 from .pools import Connection, assert_unharmed, exhausted, first_value
 
@@ -184,3 +185,58 @@ def test_kills_at_any_moment_lose_no_place(dsn: str, admin: Admin, application_n
         assert (pool.stats().leased, pool.stats().waiting) == (0, 0)
         assert_unharmed(pool)
         assert pool.stats().abandoned == 0
+
+
+# --- what counts as an answer -------------------------------------------------------------------------------
+
+
+def test_what_ends_without_asking_the_server_is_no_answer(dsn: str) -> None:
+    with exhausted(dsn) as (_, conn):
+        session: Any = conn._session  # type: ignore[attr-defined]
+        use(conn)
+        before = session.reader.answered_at, session.alive_at
+        conn.commit()
+        conn.rollback()
+        conn.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+        conn.read_only = conn.deferrable = conn.autocommit = True
+        assert (session.reader.answered_at, session.alive_at) == before
+        assert list(conn.notifies(timeout=0.01)) == []
+        assert (session.reader.answered_at, session.alive_at) == before
+        use(conn)
+        assert session.reader.answered_at > before[0]
+        assert session.alive_at > before[1]
+
+
+def test_a_thread_that_looked_at_its_lease_just_before_it_was_severed_finishes_the_connection(dsn: str) -> None:
+    with exhausted(dsn) as (_, conn):
+        session: Any = conn._session  # type: ignore[attr-defined]
+        use(conn)
+
+        was_inside: list[bool] = []
+
+        class Severed:
+            """Severs in the instant in which the thread says that it has left libpq."""
+
+            def __get__(self, instance: object, owner: object = None) -> bool:
+                return bool(was_inside and was_inside[-1])
+
+            def __set__(self, instance: Any, inside: bool) -> None:
+                if not inside and was_inside and was_inside[-1]:
+                    instance.lease = SEVERED
+                    instance.sever()
+                was_inside.append(inside)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(session), "in_thread", Severed())
+            with suppress(psycopg.Error):
+                conn.execute("select 1")
+        assert conn.closed
+
+
+def test_the_holders_are_told_while_a_connection_ends_in_another_thread(dsn: str) -> None:
+    with exhausted(dsn) as (pool, conn):
+        slot = conn._session.slot  # type: ignore[attr-defined]
+        session, slot.resource = slot.resource, None
+        assert pool.holders() == []
+        slot.resource = session
+        assert len(pool.holders()) == 1

@@ -10,6 +10,7 @@ from core.test_random_walks import STEPS, Walk
 from kit import virtual_pool
 
 from asyncpool._core.machine import PoolMachine
+from asyncpool._core.policy import NEVER
 from asyncpool._core.states import PoolPhase, SlotState
 from asyncpool._io.locked_machine import LockedMachine, ThreadWaiter
 from asyncpool._io.session import NOT_LEASED, Session
@@ -44,7 +45,7 @@ class HotMachine(LockedMachine):
         raise AssertionError("it has called itself from outside")
 
     def take(self, now: float) -> Slot | None:
-        connection = self.lend(now, -virtual_pool.NEVER, HERE, 0)
+        connection = self.lend(now, -NEVER, HERE, 0)
         if connection is None:
             return None
         self.lent += 1

@@ -288,3 +288,13 @@ def test_the_log_has_no_words_of_a_good_life(dsn: str, caplog: pytest.LogCapture
     with SyncPool(dsn) as pool, pool.acquire() as conn:
         conn.execute("select 1")
     assert warnings_of(caplog) == []
+
+
+def test_an_error_that_open_raises_is_not_logged_as_well(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+    pool = SyncPool(dsn, dbname="nobody_made_this")
+    with pytest.raises(psycopg.OperationalError, match="nobody_made_this"):
+        pool.open()
+    assert warnings_of(caplog) == []
+    pool.open(wait=False)
+    eventually_blocking(lambda: len(warnings_of(caplog)) == 1)
+    pool.close()
