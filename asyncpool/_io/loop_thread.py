@@ -66,15 +66,26 @@ class LoopThread:
             return  # Ctrl-C struck while the first was started, which has come all the same
         self._thread = threading.current_thread()
         self._has_begun = True
+        ends = False
         while self._runs:
             self.loop.run_forever()
             with _lock:
                 # A stop that was asked for a fork may come when that is over.
                 self._runs = self._is_held() and not self._forks
-                if not self._runs:
-                    self._running.release()
-                    if not self._is_held():
-                        self.loop.close()
+                ends = not self._is_held()
+                if not self._runs and not ends:
+                    self._running.release()  # for the next thread, after the fork
+        if ends:
+            self._end_tasks()
+            with _lock:
+                self.loop.close()
+
+    def _end_tasks(self) -> None:
+        """What Ctrl-C has made its caller leave, before it had begun."""
+        if tasks := asyncio.all_tasks(self.loop):
+            for task in tasks:
+                task.cancel()
+            self.loop.run_until_complete(asyncio.wait(tasks, timeout=STOP_TIMEOUT))
 
     def _is_held(self) -> bool:
         return any(reference() is not None for reference in tuple(self._holds))

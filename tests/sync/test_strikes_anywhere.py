@@ -21,6 +21,8 @@ from kit.waiting import eventually_blocking
 from asyncpool import PoolError, PoolTimeout, SyncPool
 from asyncpool._io.locked_machine import ensure_stack, reach
 
+from .pools import loop_threads
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
@@ -36,9 +38,8 @@ pytestmark = [
 ]
 
 SIZE = 2
-# Of the places in a row one is tried, in each test another.
-STEP = 3
-RARE_STEP = 13
+# Of so many places in a row one is tried, in each test another.
+RARE_STEP = 29
 NEVER = 10**9
 # And an exception that a trace function raises amid the handling of another leaks objects, on Python 3.11.
 NOTHING_CHANGES_IN = (ensure_stack.__code__, reach.__code__)
@@ -156,12 +157,14 @@ each_work = pytest.mark.parametrize("work", WORKS, ids=lambda work: work.__name_
 
 
 @each_work
-@pytest.mark.parametrize("debug", [False, True], ids=["plain", "debug"])
-@pytest.mark.parametrize("strike", [ctrl_c, lack_of_memory], ids=lambda strike: strike.__name__)
+@pytest.mark.parametrize(
+    ("strike", "debug", "step"),
+    [(ctrl_c, False, 5), (ctrl_c, True, 13), (lack_of_memory, False, 13)],
+    ids=["ctrl_c", "ctrl_c-debug", "lack_of_memory"],
+)
 def test_nothing_is_lost_whenever_it_strikes(
-    dsn: str, work: Callable[[Pool, Threads], None], strike: Callable[[], None], debug: bool
+    dsn: str, work: Callable[[Pool, Threads], None], strike: Callable[[], None], debug: bool, step: int
 ) -> None:
-    step = STEP if strike is ctrl_c and not debug else RARE_STEP
     with SyncPool(dsn, min_size=SIZE, max_size=SIZE, autocommit=True, debug=debug) as pool:
         instant = random.randrange(step)
         for _ in instants_of(pool, work, strike, instant, step):
@@ -227,6 +230,21 @@ def test_a_finalizer_in_the_midst_of_the_pools_work_closes_the_pool(
             else:
                 struck = struck and instant < 12 * RARE_STEP
         assert "closed" in repr(pool)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_ctrl_c_while_the_loop_is_waited_for_keeps_no_thread_alive(dsn: str) -> None:
+    def administrate(pool: Pool, _: Threads) -> None:
+        pool.resize(1, 3)
+        pool.drain()
+
+    pool: Pool = SyncPool(dsn, min_size=1, max_size=2, autocommit=True)
+    pool.open()
+    for _ in instants_of(pool, administrate, ctrl_c, random.randrange(5), 5):
+        pool.close()
+        eventually_blocking(lambda: "closed" in repr(pool) and not loop_threads(), timeout=10)
+        pool.open()
+    pool.close()
 
 
 class KeepingPool(SyncPool[Any]):
