@@ -229,15 +229,24 @@ class BlockingRunner(Runner):
                 return connection
             now = monotonic()
 
+    async def _set_up(self, connection: Any) -> TimeoutError | None:
+        """Run `setup`. A TimeoutError is returned, because a future makes another one of it on its way to a thread."""
+        try:
+            await self.driver.set_up_lease(connection)
+        except TimeoutError as error:
+            return error
+        return None
+
     def prepare(self, connection: Any) -> Any:
         """What `debug` and `setup` want to be done with a lease."""
         session: Session = connection._session
         connection = self.leases.renew_for_debug(session, connection)
         if self.config.setup is not None:
             lease = session.lease
-            answer = asyncio.run_coroutine_threadsafe(self.driver.set_up_lease(connection), self.loop)
+            answer = asyncio.run_coroutine_threadsafe(self._set_up(connection), self.loop)
             try:
-                answer.result()
+                if (error := answer.result()) is not None:
+                    raise error
             except BaseException:
                 answer.cancel()
                 self.leases.discard_lease(connection, CloseReason.SETUP_FAILED)

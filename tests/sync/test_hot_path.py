@@ -30,8 +30,9 @@ HERE = (lambda: None).__code__
 class VirtualThreadWaiter(ThreadWaiter):
     """One that a VirtualPool can make."""
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, owner: object) -> None:
         super().__init__(deadline, 0.0)
+        self.owner: Any = owner
 
 
 class HotMachine(LockedMachine):
@@ -131,7 +132,9 @@ def described(effect: Any) -> object:
 
 
 def facts_of(slot: Slot) -> tuple[object, ...]:
-    return tuple(getattr(slot, name) for name in ("number", *sorted(set(slot.__slots__) - {"number", "resource"})))
+    names = ("number", *sorted(set(slot.__slots__) - {"number", "resource", "owner"}))
+    owner = slot.owner() if slot.owner is not None else None
+    return (*(getattr(slot, name) for name in names), str(owner))
 
 
 @pytest.fixture(autouse=True)
