@@ -38,6 +38,8 @@ FIRST_SUCCESS = 2.0
 BACK_AT_MIN_SIZE = 10.0
 MARGIN = 1.0
 
+SLEEPS = "select wait_event = 'PgSleep' from pg_stat_activity where pid = %s"
+
 
 def pool_of(dsn: str, size: int = SIZE, **options: Any) -> SyncPool[Connection]:
     return SyncPool(dsn, min_size=size, max_size=size, **options)
@@ -143,6 +145,7 @@ def test_the_user_of_a_terminated_session_is_told_and_nobody_else_notices(
             for number in range(1, 4):
                 sleeping = in_thread(sleep)
                 eventually_blocking(lambda: len(pids) == number)  # noqa: B023
+                eventually_blocking(lambda: mortal.admin.value(SLEEPS, [pids[-1]]))
                 mortal.terminate(pids[-1])
                 assert isinstance(sleeping.error(), e.AdminShutdown)
             served = len(load.requests)
