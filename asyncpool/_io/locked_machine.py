@@ -267,7 +267,7 @@ class LockedMachine(PoolMachine):
                 or self._deciding
             ):
                 return False
-            if self.waiters:
+            if waiters := self.waiters:
                 ensure_stack()  # `_hand_over` calls others
             mine = self._deciding = True
             session.lease = NOT_LEASED
@@ -275,7 +275,7 @@ class LockedMachine(PoolMachine):
             slot.idle_since = now
             slot.verified_at = answered_at
             slot.fresh_until = fresh_until if fresh_until < slot.expires_at else slot.expires_at  # noqa: FURB136
-            if self.waiters:
+            if waiters:
                 self._hand_over(slot, now).wake()  # type: ignore[attr-defined]  # all are ThreadWaiters here
                 self._deciding = False
                 return True
