@@ -7,7 +7,7 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
@@ -15,6 +15,9 @@ from kit.loops import on_both_loops
 from kit.waiting import eventually, eventually_blocking
 
 from asyncpool import Pool, PoolDeadlock, PoolError, PoolTimeout, SyncPool
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
 
 # Nobody waits for that long: it is there to fail the test.
 LONG = 20.0
@@ -107,7 +110,7 @@ async def test_a_block_is_nobody_elses_fault_when_its_task_waits_for_something_e
 async def test_a_task_that_is_gone_is_not_taken_for_the_one_that_comes_after_it(dsn: str) -> None:
     """A block that its generator keeps open has outlived its task; the next one may be at the same address."""
 
-    async def numbers() -> Any:
+    async def numbers() -> AsyncGenerator[int, None]:
         async with pool.acquire():
             yield 1
 
