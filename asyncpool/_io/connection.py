@@ -18,8 +18,8 @@ from psycopg import errors as e
 from psycopg._connection_base import NoticeHandler, NotifyHandler
 from psycopg._pipeline_base import BasePipeline
 from psycopg.abc import PQGen, QueryNoTemplate
-from psycopg.generators import copy_end
-from psycopg.pq.abc import PGresult
+from psycopg.generators import copy_end, fetch_many
+from psycopg.pq.abc import PGconn, PGresult
 from psycopg.sql import Composable
 from psycopg.transaction import BaseTransaction
 
@@ -125,6 +125,7 @@ class PooledConnection(TouchedConnection, AsyncConnection[Any]):
         session = self._session
         reader = session.reader
         self._check_use(session)
+        gen = _whole(gen, self.pgconn)
         try:
             state = next(gen)
         except StopIteration as done:
@@ -247,7 +248,7 @@ class PooledBlockingConnection(TouchedConnection, Connection[Any]):
         try:
             if session.lease in UNUSABLE:  # whoever severs looks at these two in the other order
                 raise PoolError(UNUSABLE[session.lease])
-            result = super().wait(gen, interval, timeout)
+            result = super().wait(_whole(gen, self.pgconn), interval, timeout)
             heard = asks
             return result
         except Exception as error:
@@ -314,9 +315,37 @@ _MAY_BE_SILENT = frozenset(
 
 # By these psycopg ends a block that was left.
 _TRANSACTION_EXIT = cast(FunctionType, BaseTransaction._exit_gen).__code__
-_BLOCK_ENDS = frozenset(
-    {_TRANSACTION_EXIT, *(cast(FunctionType, function).__code__ for function in (copy_end, BasePipeline._exit_gen))}
-)
+_PIPELINE_EXIT = cast(FunctionType, BasePipeline._exit_gen).__code__
+
+
+def _whole(gen: PQGen[RV], pgconn: PGconn) -> PQGen[RV]:
+    return _exit_whole(gen, pgconn) if getattr(gen, "gi_code", None) is _PIPELINE_EXIT else gen
+
+
+def _exit_whole(gen: PQGen[RV], pgconn: PGconn) -> PQGen[RV]:
+    """End a pipeline by psycopg's generator. If what fails is the COMMIT at its Sync, psycopg takes that error for the
+    Sync's own end, which follows it, and could not leave the pipeline.
+    """
+    try:
+        return (yield from gen)
+    except (e.Error, IndexError) as ex:
+        while pgconn.status != BAD and pgconn.pipeline_status and pgconn.transaction_status == ACTIVE:
+            yield from fetch_many(pgconn)
+        if isinstance(ex, IndexError) and (error := _not_raised(ex)) is not None:
+            raise error from None  # the two came at once
+        raise
+
+
+def _not_raised(ex: IndexError) -> e.Error | None:
+    """The server's error that psycopg held in its hands when it found an end that it did not expect."""
+    tb = ex.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    found = tb.tb_frame.f_locals.get("exception") if tb is not None else None
+    return found if isinstance(found, e.Error) else None
+
+
+_BLOCK_ENDS = frozenset({_TRANSACTION_EXIT, cast(FunctionType, copy_end).__code__, _exit_whole.__code__})
 
 
 # By this it begins one. A cancellation behind it would leave the block entered, and never to be left.
