@@ -309,7 +309,11 @@ class Pool(Generic[C]):
         """
         if (known := known_status(error)) is not None:
             return known
-        async with self.acquire(timeout) as connection:
+        if timeout is not DEFAULT:
+            check_timeout("timeout", timeout)
+        frame = _getframe(1)
+        acquisition = Acquisition[C](self._open_runner(), timeout, frame.f_code, frame.f_lasti)
+        async with acquisition as connection, connection.lock:
             return await connection.wait(ask_status(cast(PooledConnection, connection), error))
 
     # --- administration -------------------------------------------------------------------------------------
@@ -398,6 +402,7 @@ async def _in_transaction(name: str, acquisition: Acquisition[C], *, track_outco
                 yield connection
                 check_not_failed(name, pooled)
                 if track_outcome:
-                    await connection.wait(track(pooled))
+                    async with connection.lock:
+                        await connection.wait(track(pooled))
         finally:
             pooled._session.mark = None

@@ -230,7 +230,7 @@ class SyncPool(Generic[C]):
         if (known := known_status(error)) is not None:
             return known
         frame = _getframe(1)
-        with self._acquisition(timeout, frame.f_code, frame.f_lasti) as connection:
+        with self._acquisition(timeout, frame.f_code, frame.f_lasti) as connection, connection.lock:
             return connection.wait(ask_status(cast(PooledBlockingConnection, connection), error))
 
     def _acquisition(self, timeout: float | Default | None, code: CodeType, offset: int) -> BlockingAcquisition[C]:
@@ -441,7 +441,8 @@ def _in_transaction(name: str, acquisition: BlockingAcquisition[C], *, track_out
                 yield connection
                 check_not_failed(name, pooled)
                 if track_outcome:
-                    connection.wait(track(pooled))
+                    with connection.lock:
+                        connection.wait(track(pooled))
         finally:
             pooled._session.mark = None
 

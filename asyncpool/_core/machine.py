@@ -46,7 +46,9 @@ class IllegalMove(AssertionError):
 
 
 class PoolMachine:
-    """The pool's decisions. `draw` returns a random float in [0, 1)."""
+    """The pool's decisions. `draw` returns a random float in [0, 1); `is_bound` says of a lease with an owner whether
+    nobody else can end it.
+    """
 
     __slots__ = (
         "_backoff",
@@ -58,6 +60,7 @@ class PoolMachine:
         "_draw",
         "_effects",
         "_idle",
+        "_is_bound",
         "_leased",
         "_max_idle",
         "_max_uses",
@@ -81,9 +84,12 @@ class PoolMachine:
         "waiters",
     )
 
-    def __init__(self, config: PoolConfig, draw: Callable[[], float]) -> None:
+    def __init__(
+        self, config: PoolConfig, draw: Callable[[], float], is_bound: Callable[[Slot], bool] = lambda slot: True
+    ) -> None:
         self._config = config
         self._draw = draw
+        self._is_bound = is_bound
         self.min_size = config.min_size
         self.max_size = config.max_size
         self._check_interval = NEVER if config.check_interval is None else config.check_interval
@@ -341,11 +347,6 @@ class PoolMachine:
             self._doom(slot, CloseReason.DISCONNECTED)
         return self._settle(now)
 
-    def doubt(self, slot: Slot, now: float) -> Effects:
-        """This server may have become read-only: no idle connection of its generation goes out before it was asked."""
-        self._suspect(slot.generation)
-        return self._settle(now)
-
     def wake(self, now: float) -> Effects:
         """The time of the last `WakeAt` has come."""
         self._wake_at = NEVER
@@ -533,9 +534,9 @@ class PoolMachine:
 
     def _hand_over(self, slot: Slot, now: float) -> Waiter:
         """Ownership changes before the waiter is woken: one that is cancelled meanwhile withdraws."""
+        slot.owner = None  # until it is known: whoever was granted a lease does not wait
         waiter = self.waiters.pop_first()
         waiter.slot = slot
-        slot.owner = None  # until it is known: whoever was granted a lease does not wait
         slot.leased_at = now
         slot.uses += 1
         if slot.uses >= self._max_uses:
@@ -604,9 +605,13 @@ class PoolMachine:
         self._witness = None
         if len(self._leased) < len(self._slots):
             return False  # one is on its way
-        waiting = {id(waiter.owner) for waiter in self.waiters if waiter.owner is not None}
+        waiting: set[int] = set()
         for slot in self._leased:
-            if slot.owner is None or id(slot.owner()) not in waiting:
+            if slot.owner is None or not self._is_bound(slot):
+                self._witness = slot
+                return False
+            waiting = waiting or {id(waiter.owner) for waiter in self.waiters if waiter.owner is not None}
+            if id(slot.owner()) not in waiting:
                 self._witness = slot
                 return False
         return True

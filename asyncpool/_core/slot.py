@@ -39,8 +39,8 @@ class Slot:
         self.expires_at = NEVER  # never handed out from here on; in the past once it is doomed
         self.doom: CloseReason = CloseReason.MAX_LIFETIME  # why it is closed when it expires
         self.resource: object = None
-        # Who must end the lease, because it is that of a block; None: somebody may give it back. A call, so that it
-        # can be a weak reference: a lease must not keep its task from being collected.
+        # Who entered the block whose lease it is, and is to end it; None: somebody may give it back. A call, so that
+        # it can be a weak reference: a lease must not keep its task from being collected.
         self.owner: Callable[[], object] | None = None
 
     @property

@@ -119,13 +119,15 @@ class Acquisition(Generic[C]):
         runner = self._runner
         if runner.config.setup is None:
             return
+        session = connection._session
         try:
             await runner.driver.set_up_lease(connection)
-        except Exception:
-            runner.leases.discard_lease(connection, CloseReason.SETUP_FAILED)
-            raise
-        except BaseException:
-            runner.leases.end_lease(connection, after_block=True)
+        except BaseException as ex:
+            if session.lease in (self._lease, SEVERED):  # else it has given it back, and it may be somebody else's
+                if isinstance(ex, Exception):
+                    runner.leases.discard_lease(connection, CloseReason.SETUP_FAILED)
+                else:
+                    runner.leases.end_lease(connection, after_block=True)
             raise
 
     if TYPE_CHECKING:  # typeshed's AsyncExitStack wants coroutines

@@ -29,7 +29,7 @@ from .leases import LEASED, Leases
 from .locked_machine import LockedMachine, ThreadWaiter, current, ensure_stack
 from .loop_thread import OWN_THREAD, Hold, LoopThread
 from .reader import socket_of
-from .runner import Runner
+from .runner import Runner, is_bound_to_its_owner
 from .session import FORKED, IDLE, SEVERED, Session
 from .watch import peer_has_closed
 
@@ -97,7 +97,9 @@ class BlockingRunner(Runner):
         hold.release()
 
     def _make_machine(self) -> PoolMachine:
-        return LockedMachine(self.config, random.random, partial(self._in_loop, self._start_what_was_lost))
+        return LockedMachine(
+            self.config, random.random, is_bound_to_its_owner, partial(self._in_loop, self._start_what_was_lost)
+        )
 
     def perform(self, effects: Effects) -> None:
         """Have the event loop do what there is for it."""
@@ -249,7 +251,8 @@ class BlockingRunner(Runner):
                     raise error
             except BaseException:
                 answer.cancel()
-                self.leases.discard_lease(connection, CloseReason.SETUP_FAILED)
+                if session.lease in (lease, SEVERED):  # else it has given it back, and it may be somebody else's
+                    self.leases.discard_lease(connection, CloseReason.SETUP_FAILED)
                 raise
             if session.lease != lease:
                 raise PoolError(f"{self.config.name}: setup has given its connection back")

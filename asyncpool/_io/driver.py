@@ -369,9 +369,12 @@ class Driver:
         What it leaves open is an error as well: the next user would inherit it.
         """
         callback = getattr(self._config, option)
+        session: Session = connection._session
+        lease = session.lease
         with errors_of(option, callback):
             await self._run_callback(callback, connection)
-        check_nothing_open(callback, connection)
+        if session.lease == lease:  # else `setup` has given it back, and it may be somebody else's
+            check_nothing_open(callback, connection)
 
     async def _run_callback(self, callback: Callable[[Any], object], connection: Any) -> None:
         scope = anyio.CancelScope()

@@ -139,8 +139,8 @@ class Leases:
         session.baseline.restore(connection)
         if session.refused_write:
             session.refused_write = False
-            if session.role is not None:  # it is asked for its role by the recycler, as the idle ones are by a ping
-                return [*self._machine.doubt(slot, now), *self._machine.recycle(slot, now)]
+            if session.role is not None:
+                return self._machine.recycle(slot, now)  # which asks for its role, and tells of a lost one
         if session.pgconn.transaction_status == IDLE and not self._reset_needed:
             if session.is_read_only:
                 logger.info("%s: closing a connection whose server has become read-only", self._config.name)

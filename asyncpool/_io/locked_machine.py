@@ -131,8 +131,14 @@ class LockedMachine(PoolMachine):
     be refused before.
     """
 
-    def __init__(self, config: PoolConfig, draw: Callable[[], float], on_disturbed: Callable[[], None]) -> None:
-        super().__init__(config, draw)
+    def __init__(
+        self,
+        config: PoolConfig,
+        draw: Callable[[], float],
+        is_bound: Callable[[Slot], bool],
+        on_disturbed: Callable[[], None],
+    ) -> None:
+        super().__init__(config, draw, is_bound)
         self.lock = threading.RLock()  # a finalizer's call must not wait for its own thread
         self._deciding = False  # whether who holds the lock is half-way
         self._postponed: deque[tuple[Callable[[], Effects], Slot | None, int]] = deque()
@@ -394,6 +400,5 @@ class LockedMachine(PoolMachine):
         close = _locked(PoolMachine.close)
         sever = _locked(_sever)
         resize = _locked(PoolMachine.resize)
-        doubt = _locked(PoolMachine.doubt)
         drain = _locked(PoolMachine.drain)
         check = _locked(PoolMachine.check)

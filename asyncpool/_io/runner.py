@@ -48,6 +48,7 @@ from .connect_errors import ConnectFailed, words_of
 from .driver import Driver, Unusable
 from .leases import LEASED, Leases, logger
 from .session import SEVERED, Session
+from .site import is_generator
 from .watch import DisconnectWatch
 
 
@@ -118,7 +119,7 @@ class Runner:
         }
 
     def _make_machine(self) -> PoolMachine:
-        return PoolMachine(self.config, random.random)
+        return PoolMachine(self.config, random.random, is_bound_to_its_owner)
 
     def check_loop(self) -> None:
         """Raise unless the running event loop is the pool's. Where it counts, this is asked only if `thread` is
@@ -388,7 +389,8 @@ class Runner:
             try:
                 await work(session)
             except Unusable as unusable:
-                logger.info("%s: a connection is unusable: %s", self.config.name, unusable)
+                if slot.state is not SlotState.CLOSING:  # else it was severed to be closed
+                    logger.info("%s: a connection is unusable: %s", self.config.name, unusable)
                 self.perform(failed(slot, unusable.reason, monotonic()))
             else:
                 session.touched = False
@@ -406,6 +408,14 @@ class Runner:
             self.driver.abandoned += not ended  # not across the await, in which others count
             slot.resource = None
         self.perform(self.machine.closed(slot, monotonic()))
+
+
+def is_bound_to_its_owner(slot: Slot) -> bool:
+    """Whether the block whose lease this is can be ended by nobody else. That of a generator can: the event loop
+    closes one that was left half-way, and a web framework steps its dependencies in one thread and another.
+    """
+    session = slot.resource
+    return isinstance(session, Session) and not is_generator(session.site_code)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import traceback
 from types import CodeType, FrameType
@@ -18,6 +19,11 @@ def describe_site(code: CodeType | None, offset: int) -> str:
             line = number
             break
     return f"{code.co_filename}:{line} in {code.co_qualname}"
+
+
+def is_generator(code: CodeType | None) -> bool:
+    """Whether this is a generator's, sync or async. What that is in the midst of may be ended from elsewhere."""
+    return code is not None and bool(code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
 
 
 # In these frames somebody acquires on behalf of the one outside of them.

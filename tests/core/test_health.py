@@ -208,8 +208,9 @@ def test_when_a_lease_finds_its_server_read_only_all_idle_ones_must_answer_first
     pool = opened_pool(min_size=3, max_size=3, check_interval=check_interval)
     holder = pool.acquire()
     assert holder.slot is not None
-    pool.doubt(holder.slot)
-    assert (pool.count(CHECKING), pool.count(LEASED)) == (2, 1)
+    pool.release_dirty(holder)
+    pool.fail_recycle(CloseReason.READ_ONLY)
+    assert (pool.count(CHECKING), pool.count(CLOSING)) == (2, 1)
     assert pool.acquire().slot is None
 
 

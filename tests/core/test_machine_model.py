@@ -138,11 +138,6 @@ class PoolMachineModel(RuleBasedStateMachine):
         if slots := [slot for slot in self.pool.machine.slots() if slot.state is not CONNECTING]:
             self.pool.disconnect(pick_from(in_order(slots), pick))
 
-    @while_some_are(LEASED)
-    @rule(pick=picks)
-    def doubt(self, pick: int) -> None:
-        self.pool.doubt(self.slot(LEASED, pick))
-
     # --- administration and time ----------------------------------------------------------------------------
 
     @rule(sizes=st.tuples(st.integers(0, 5), st.integers(1, 5)))

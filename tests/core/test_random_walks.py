@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
-from kit.invariants import CHECKING, CONNECTING, LEASED, RECYCLING
+from kit.invariants import CHECKING, CONNECTING, RECYCLING
 from kit.virtual_pool import VirtualPool, in_order, virtual_pool
 
 from asyncpool._core.effects import Refusal
@@ -62,7 +62,6 @@ class Walk:
             self.give_up: 4,
             self.tell_late_outcome: 4,
             self.disconnect: 2,
-            self.doubt: 1,
             self.administrate: 2,
         }
         for action in self.random.choices(list(actions), weights=list(actions.values()), k=steps):
@@ -137,10 +136,6 @@ class Walk:
         slots = [slot for slot in in_order(self.pool.machine.slots()) if slot.state is not CONNECTING]
         if slots:
             self.pool.disconnect(self.random.choice(slots))
-
-    def doubt(self) -> None:
-        if slots := self.pool.slots(LEASED):
-            self.pool.doubt(self.random.choice(slots))
 
     def administrate(self) -> None:
         pool, random = self.pool, self.random

@@ -17,7 +17,7 @@ from kit.waiting import eventually, eventually_blocking
 from asyncpool import Pool, PoolDeadlock, PoolError, PoolTimeout, SyncPool
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Generator
 
 # Nobody waits for that long: it is there to fail the test.
 LONG = 20.0
@@ -128,6 +128,43 @@ async def test_a_task_that_is_gone_is_not_taken_for_the_one_that_comes_after_it(
         for _ in range(5):
             await asyncio.create_task(want())
         await generator.aclose()
+
+
+async def test_a_generator_that_was_left_half_way_is_closed_by_the_loop_and_its_connection_waited_for(dsn: str) -> None:
+    async def numbers() -> AsyncGenerator[int, None]:
+        async with pool.acquire():
+            yield 1
+            yield 2
+
+    async with Pool(dsn, max_size=1) as pool:
+        async for _ in numbers():
+            break
+        gc.collect()
+        async with pool.acquire(timeout=LONG):
+            pass
+
+
+def test_a_generator_that_another_thread_goes_on_with_is_waited_for(dsn: str) -> None:
+    """As web frameworks do it with a dependency, and with an answer that is streamed."""
+
+    def number() -> Generator[int, None, None]:
+        with pool.acquire():
+            yield 1
+
+    def want() -> None:
+        waits.set()
+        with pool.acquire(timeout=LONG):
+            pass
+
+    with SyncPool(dsn, max_size=1) as pool, ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        waits = threading.Event()
+        dependency = number()
+        one.submit(next, dependency).result()
+        wanting = one.submit(want)
+        waits.wait(LONG)
+        eventually_blocking(lambda: pool.stats().waiting == 1 or wanting.done())
+        other.submit(dependency.close).result()
+        wanting.result()
 
 
 async def test_a_task_that_is_dropped_in_its_block_is_collected_and_its_place_comes_back(dsn: str) -> None:

@@ -184,6 +184,7 @@ async def test_a_refused_write_has_the_others_asked_and_its_own_connection_too(
             with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
                 await conn.execute("create table never (n int)")
             await pool.release(conn)
+            await eventually(lambda: CloseReason.READ_ONLY in pool.stats().closes)  # a round trip later
             with pytest.raises(PoolTimeout, match="session is read-only"):
                 await pool.acquire(timeout=0.5)
             assert pool.stats().closes[CloseReason.READ_ONLY] == 3
@@ -203,6 +204,7 @@ def test_a_thread_whose_write_is_refused_is_the_last_one(
         try:
             with pytest.raises(psycopg.errors.ReadOnlySqlTransaction), pool.acquire() as conn:
                 conn.execute("create temp table written (n int)")
+            eventually_blocking(lambda: CloseReason.READ_ONLY in pool.stats().closes)  # a round trip later
             with pytest.raises(PoolTimeout, match="session is read-only"):
                 pool.getconn(timeout=0.5)
             assert pool.stats().closes[CloseReason.READ_ONLY] == 2

@@ -251,11 +251,6 @@ class VirtualPool:
         self._suspect(slot.generation)
         self._step(self.machine.disconnected(slot, self.now))
 
-    def doubt(self, slot: Slot) -> None:
-        """A lease has found its server read-only, be it for its own sake only."""
-        self._suspect(slot.generation)
-        self._step(self.machine.doubt(slot, self.now))
-
     def _answered(self, slot: Slot) -> None:
         history = self.histories[slot]
         history.answered_at = self.now

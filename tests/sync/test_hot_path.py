@@ -39,7 +39,7 @@ class HotMachine(LockedMachine):
     """Takes and gives back by `lend` and `take_back` where they can do it."""
 
     def __init__(self, config: PoolConfig, draw: Callable[[], float]) -> None:
-        super().__init__(config, draw, self.was_disturbed)
+        super().__init__(config, draw, lambda slot: True, self.was_disturbed)
         self.lent = self.taken_back = 0
 
     def was_disturbed(self) -> None:
