@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -184,11 +184,13 @@ async def test_a_lease_that_did_nothing_for_too_long_is_its_holders_error_alone(
 async def test_a_lease_that_timed_out_unused_is_replaced_when_it_comes_back(
     mortal: MortalServer, application_name: str
 ) -> None:
-    with mortal.settings(idle_session_timeout=IDLE_TIMEOUT):
+    with ExitStack() as impatience:
+        impatience.enter_context(mortal.settings(idle_session_timeout=IDLE_TIMEOUT))
         async with pool_of(mortal.dsn(application_name), 1) as pool:
             async with pool.acquire() as conn:
                 pid = conn.info.backend_pid
                 await eventually(lambda: pid not in mortal.admin.pids(application_name))
+                impatience.close()  # else its successor could end as soon
             assert await request(pool) != pid
 
 
