@@ -336,7 +336,7 @@ class Pool(Generic[C]):
         runner.perform(runner.machine.drain(monotonic()))
 
     async def check(self) -> None:
-        """Ping every idle connection, and close those that do not answer within `check_timeout`."""
+        """Ping every idle connection, and close those that do not answer within `check_timeout`. Raises PoolClosed."""
         runner = self._open_runner()
         runner.perform(runner.machine.check(monotonic()))
         await runner.wait_for_checks()

@@ -403,7 +403,7 @@ class SyncPool(Generic[C]):
         self._in_loop(drain)
 
     def check(self) -> None:
-        """Ping every idle connection, and close those that do not answer within `check_timeout`."""
+        """Ping every idle connection, and close those that do not answer within `check_timeout`. Raises PoolClosed."""
         self._open_runner()
         self._in_loop(self._pool.check)
 

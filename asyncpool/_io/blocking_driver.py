@@ -48,4 +48,4 @@ class BlockingDriver(Driver):
                     session.sever()
                 raise
         if scope.cancelled_caught:
-            raise Overdue
+            raise Overdue("it did not end in time")

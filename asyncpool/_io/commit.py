@@ -179,9 +179,10 @@ def outcome_unknown(connection: TouchedConnection) -> CommitOutcomeUnknown:
     mark = session.mark
     lost = f"{name}: the connection was lost during COMMIT, and "
     if mark is None:
+        hint = "; with `pool.transaction(track_outcome=True)` the server can be asked"
         return CommitOutcomeUnknown(
             f"{lost}it is not known whether the transaction is committed: look for what it wrote before you do it"
-            " again; with `pool.transaction(track_outcome=True)` the server can be asked"
+            f" again{hint if getattr(connection._pool, 'close_returns', True) else ''}"
         )
     if mark.xid is None:
         message = f"{lost}the transaction had written nothing until then"

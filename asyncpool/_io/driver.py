@@ -10,6 +10,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, TypeVar
 
 import anyio
@@ -53,6 +54,12 @@ _DISCARD = b"DISCARD ALL"
 # How long, in seconds, the end of a failed attempt is waited for when there is another address to try: many round
 # trips to a server that lives, and next to nothing beside the connect_timeout that a dead one has cost already.
 NEXT_HOST_PATIENCE = 0.1
+
+# How long, in seconds, the end of an attempt is waited for that the server has not answered, from its beginning: one
+# that is heard answers in a fraction of that, and from one that is silent no end is to be expected. At least as above.
+SILENCE_PATIENCE = 1.0
+
+_UNANSWERED = (pq.ConnStatus.STARTED, pq.ConnStatus.MADE, pq.ConnStatus.AWAITING_RESPONSE, pq.ConnStatus.SSL_STARTUP)
 
 
 class Unusable(Exception):
@@ -202,6 +209,7 @@ class Driver:
         pgconn = pq.PGconn.connect_start(make_conninfo("", **attempt).encode())
         set_verbose_errors(pgconn, True)
         self._half_open.add(pgconn)
+        began = monotonic()
         try:
             with anyio.move_on_after(self._connect_timeout):
                 if await _poll_until_connected(pgconn):
@@ -213,6 +221,8 @@ class Driver:
             error = named(e.ConnectionTimeout, attempt_on(attempt, redactor) + words)
             raise ConnectFailed(error, ConnectFailure.REFUSED)
         except BaseException:
+            if pgconn.status in _UNANSWERED:
+                patience = min(patience, max(NEXT_HOST_PATIENCE, began + SILENCE_PATIENCE - monotonic()))
             await self._give_up(pgconn, patience)
             raise
         finally:
@@ -400,7 +410,7 @@ class Driver:
         finally:
             limit.cancel()
         if scope.cancel_called:
-            raise Overdue
+            raise Overdue("it did not end in time")
 
 
 def _anew(prepared: PrepareManager) -> PrepareManager:

@@ -100,6 +100,7 @@ class Runner:
         self.last_connect_error: Exception | None = None
         self.last_connect_error_at = 0.0
         self._single_round = False
+        self._told_of_callable = False
         self.opening_is_awaited = False  # so that somebody gets the error raised that ends it
         _all_runners.add(self)
         self._tasks: dict[Slot, asyncio.Task[None]] = {}
@@ -390,13 +391,22 @@ class Runner:
                 await work(session)
             except Unusable as unusable:
                 if slot.state is not SlotState.CLOSING:  # else it was severed to be closed
-                    logger.info("%s: a connection is unusable: %s", self.config.name, unusable)
+                    self._note_unusable(unusable)
                 self.perform(failed(slot, unusable.reason, monotonic()))
             else:
                 session.touched = False
                 self.perform(passed(slot, monotonic()))
             finally:
                 self._scopes.pop(slot, None)
+
+    def _note_unusable(self, unusable: Unusable) -> None:
+        # A callable that fails each time costs a connection each time: that is news, once.
+        is_users = (unusable.reason is CloseReason.CHECK_FAILED and self.config.check is not None) or (
+            unusable.reason is CloseReason.RESET_FAILED and callable(self.config.reset)
+        )
+        level = logging.WARNING if is_users and not self._told_of_callable else logging.INFO
+        self._told_of_callable |= is_users
+        logger.log(level, "%s: a connection is unusable: %s", self.config.name, unusable)
 
     async def _close(self, slot: Slot, running: asyncio.Task[None] | None) -> None:
         """End a session; its place is free when the server has confirmed the end, or `check_timeout` is over."""

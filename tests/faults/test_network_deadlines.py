@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -472,3 +473,21 @@ async def test_what_breaks_in_the_midst_of_a_statement_is_told_clearly_and_repla
 @on_uvloop
 async def test_what_breaks_is_told_and_replaced_on_uvloop(proxy: Proxy, proxied_dsn: str, how: str) -> None:
     await test_what_breaks_in_the_midst_of_a_statement_is_told_clearly_and_replaced(proxy, proxied_dsn, how, execute)
+
+
+@pytest.mark.parametrize("way", ["open(timeout=)", "a cancelled open()", "close()"])
+async def test_nobody_waits_for_the_end_of_a_connect_that_the_server_has_never_answered(way: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ends_within(1.0, f"silent, {way}"):
+        port = silent.getsockname()[1]
+        pool = Pool(f"host=127.0.0.1 port={port}", connect_timeout=30, check_timeout=30)
+        if way == "open(timeout=)":
+            with pytest.raises(PoolTimeout):
+                await pool.open(timeout=0.5)
+        elif way == "a cancelled open()":
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await pool.open()
+        else:
+            await pool.open(wait=False)
+            await asyncio.sleep(0)
+            await pool.close()
