@@ -29,11 +29,9 @@ from psycopg import (
     Timestamp,
     TimestampFromTicks,
     Warning,  # noqa: A004  # PEP 249 calls it so
-    errors,
-    sql,
 )
 
-from . import pool
+from . import errors, pool, sql
 from .connection import connect
 
 apilevel = "2.0"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+import psycopg.sql
 import pytest
 from kit.waiting import eventually_blocking
 from psycopg.rows import dict_row
@@ -215,3 +217,14 @@ def test_a_cursor_of_a_closed_connection_is_refused_with_an_error_of_pep_249(dsn
         with pytest.raises(psycopg2.Error):
             cursor.execute("select 1")
         pool.putconn(conn)
+
+
+def test_the_usual_imports_of_its_modules_work() -> None:
+    errors = importlib.import_module("asyncpool.psycopg2.errors")
+    sql = importlib.import_module("asyncpool.psycopg2.sql")
+    assert errors.UniqueViolation is psycopg.errors.UniqueViolation
+    assert errors.lookup("23505") is psycopg.errors.UniqueViolation
+    assert sql.SQL is psycopg.sql.SQL
+    assert sql.Identifier is psycopg.sql.Identifier
+    assert psycopg2.errors is errors
+    assert psycopg2.sql is sql
