@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import psycopg
 from psycopg import ClientCursor, ServerCursor
-from psycopg.abc import Buffer, DumperKey, PyFormat
-from psycopg.adapt import AdaptersMap
+from psycopg.abc import AdaptContext, Buffer, DumperKey, PyFormat
+from psycopg.adapt import AdaptersMap, Transformer
 from psycopg.pq import TransactionStatus
 from psycopg.types.array import ListDumper
 from psycopg.types.composite import TupleDumper
@@ -35,12 +35,20 @@ _LEFT_AS_TEXT = ("uuid", "inet", "cidr", "record")
 class InDumper(TupleDumper):
     """A tuple is what stands behind IN: `(1, 2, 3)`."""
 
+    def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        self._transformer = Transformer.from_context(context)
+
     def quote(self, obj: Sequence[Any]) -> bytes:
-        return b"(" + b", ".join(bytes(self._tx.as_literal(item)) for item in obj) + b")"
+        return b"(" + b", ".join(bytes(self._transformer.as_literal(item)) for item in obj) + b")"
 
 
 class ArrayDumper(ListDumper):
     """A list is `ARRAY[1, 2, 3]`, whose type the server finds out from the items, if one is not NULL."""
+
+    def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        self._transformer = Transformer.from_context(context)
 
     def get_key(self, obj: list[Any], format: PyFormat) -> DumperKey:  # noqa: A002  # psycopg calls it so
         return self.cls
@@ -51,7 +59,7 @@ class ArrayDumper(ListDumper):
     def quote(self, obj: list[Any]) -> Buffer:
         if not _has_values(obj):
             return super().quote(obj)
-        return b"ARRAY[" + b", ".join(bytes(self._tx.as_literal(item)) for item in obj) + b"]"
+        return b"ARRAY[" + b", ".join(bytes(self._transformer.as_literal(item)) for item in obj) + b"]"
 
 
 def _has_values(items: list[Any]) -> bool:
