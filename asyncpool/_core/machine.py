@@ -605,12 +605,13 @@ class PoolMachine:
         self._witness = None
         if len(self._leased) < len(self._slots):
             return False  # one is on its way
-        waiting: set[int] = set()
+        waiting: set[int] | None = None  # not gathered if the first lease answers
         for slot in self._leased:
             if slot.owner is None or not self._is_bound(slot):
                 self._witness = slot
                 return False
-            waiting = waiting or {id(waiter.owner) for waiter in self.waiters if waiter.owner is not None}
+            if waiting is None:
+                waiting = {id(waiter.owner) for waiter in self.waiters if waiter.owner is not None}
             if id(slot.owner()) not in waiting:
                 self._witness = slot
                 return False

@@ -48,8 +48,13 @@ def test_who_waits_and_holds_nothing_completes_no_circle() -> None:
     assert list(pool.refused.values()) == [Refusal.DEADLOCK]
 
 
-def test_one_lease_whose_owner_does_not_wait_answers_for_all_who_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = held_by_blocks(2)
+@pytest.mark.parametrize("in_block", [True, False])
+def test_one_lease_whose_owner_does_not_wait_answers_for_all_who_come(
+    monkeypatch: pytest.MonkeyPatch, in_block: bool
+) -> None:
+    pool = opened_pool(min_size=2, max_size=2)
+    for task in range(2):
+        pool.acquire(owner=task, in_block=in_block)
     questions = 0
     ask = PoolMachine._is_circle
 
@@ -147,3 +152,14 @@ def test_the_last_connection_that_goes_can_complete_a_circle() -> None:
     assert not pool.refused
     pool.finish_close()
     assert pool.refused == {waiter: Refusal.DEADLOCK}
+
+
+@pytest.mark.parametrize("loose", [0, 1])
+def test_a_block_that_others_may_end_is_in_no_circle(loose: int) -> None:
+    pool = held_by_blocks(2)
+    slot = next(slot for waiter, slot in pool.held.items() if waiter.owner == loose)
+    pool.machine._is_bound = lambda asked: asked is not slot
+    pool.blocks -= {waiter for waiter, held in pool.held.items() if held is slot}  # as the invariants see it
+    pool.acquire(owner=0)
+    pool.acquire(owner=1)
+    assert not pool.refused

@@ -265,3 +265,14 @@ def test_the_last_use_is_not_rolled_back_in_vain() -> None:
     pool = opened_pool(min_size=1, max_size=1, max_uses=1)
     pool.release_dirty(pool.acquire())
     assert pool.count(CLOSING) == 1
+
+
+@pytest.mark.parametrize("check_interval", [None, 10 * LIFETIME])
+def test_what_was_given_back_in_time_is_not_handed_out_past_its_end_by_a_late_timer(
+    check_interval: float | None,
+) -> None:
+    pool = opened_pool(min_size=1, max_size=1, max_lifetime=LIFETIME, max_idle=None, check_interval=check_interval)
+    holder = pool.acquire()
+    pool.release(holder)
+    pool.freeze(LIFETIME)
+    assert pool.acquire().slot is None
