@@ -57,6 +57,8 @@ class Client:
         """The rows that were written in this lease, and not committed."""
         self._next_row = 1_000 * number
         self._provoked: tuple[type[BaseException], ...] = ()
+        self._outlives_its_lease = False
+        """Whether a block of psycopg's is to end when its connection has been given back."""
 
     async def run(self) -> None:
         """Some leases, one after the other. Only a cancellation ends it otherwise."""
@@ -66,6 +68,9 @@ class Client:
         for _ in range(self.rng.choice((1, 1, 2, 3))):
             self.pending = []
             self._provoked = (Failure, psycopg.errors.DivisionByZero, psycopg.errors.RaiseException)
+            self._outlives_its_lease = False
+            if "setup" in self.plan.hooks or "configure" in self.plan.hooks:
+                self.provoke(actions.HookFailed, PoolError)
             try:
                 await self._draw_lease()()
             except Exception as error:
@@ -93,11 +98,12 @@ class Client:
         self.record.violation(f"unexpected: {_told(error)}")
 
     def _judge_instead_of_cancellation(self, error: BaseException) -> None:
-        """A block of psycopg's, a server-side cursor's for one, may fail to end on a connection that was lost, and say
-        so in the midst of a cancellation. Nothing else may take its place.
+        """A block of psycopg's, a server-side cursor's for one, may fail to end on a connection that was lost or given
+        back, and say so in the midst of a cancellation. Nothing else may take its place.
         """
         told = self._told_instead(error)
-        self.record.expect(self.plan.loses_sessions and told, f"a cancellation became this: {_told(error)}")
+        excused = self.plan.loses_sessions or self._outlives_its_lease
+        self.record.expect(excused and told, f"a cancellation became this: {_told(error)}")
 
     @staticmethod
     def _told_instead(error: BaseException) -> bool:
@@ -122,8 +128,6 @@ class Client:
         """Acquire. A cancellation meanwhile ends in CancelledError and nothing else."""
         task = asyncio.current_task()
         assert task is not None
-        if "setup" in self.plan.hooks or "configure" in self.plan.hooks:
-            self.provoke(actions.HookFailed, PoolError)
         cancellations = task.cancelling()
         self.record.acquiring[task] = None
         try:
@@ -243,9 +247,8 @@ class Client:
             finally:
                 self.record.put_back(pid)
                 self.pool.release(conn)
-                self.provoke(
-                    psycopg.Error, RuntimeError
-                )  # from blocks of psycopg that end on a connection that is gone
+                self._outlives_its_lease = True
+                self.provoke(psycopg.Error, RuntimeError)  # blocks of psycopg end on a connection that is gone
             self.record.operations["leave in the middle"] += 1
 
     async def drop(self) -> None:
