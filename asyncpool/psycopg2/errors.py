@@ -2,4 +2,5 @@
 
 from __future__ import annotations
 
-from psycopg.errors import *  # noqa: F403 - whatever a script may look for
+# All that there are: one for each of the server's, some 250.
+from psycopg.errors import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]

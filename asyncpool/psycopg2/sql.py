@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-from psycopg.sql import *  # noqa: F403 - whatever a script may look for
+from psycopg.sql import DEFAULT, NULL, SQL, Composable, Composed, Identifier, Literal, Placeholder
+
+__all__ = ["DEFAULT", "NULL", "SQL", "Composable", "Composed", "Identifier", "Literal", "Placeholder"]
