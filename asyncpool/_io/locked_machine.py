@@ -331,9 +331,16 @@ class LockedMachine(PoolMachine):
         return [*effects, *(Refuse(waiter, Refusal.CANNOT_CONNECT) for waiter in refused)]
 
     def _withdraw(self: PoolMachine, waiter: Waiter, now: float) -> Effects:
-        """The caller is gone."""
-        if waiter.slot is not None and isinstance(waiter.slot.resource, Session):
-            waiter.slot.resource.granted_to = None
+        """The caller is gone, perhaps with the connection in its hands."""
+        slot = waiter.slot
+        if slot is not None and slot.state is LEASED and isinstance(slot.resource, Session):
+            session = slot.resource
+            session.granted_to = None
+            if session.connection is None:  # Ctrl-C came at the end of `lend_granted`
+                session.connection = session.reference() if session.reference is not None else None
+                session.lease = NOT_LEASED
+                if session.connection is None:
+                    return PoolMachine.discard(self, slot, CloseReason.LEASE_LOST, now)
         return PoolMachine.withdraw(self, waiter, now)
 
     # A lease that ends in its thread may have been severed by close() in that instant.

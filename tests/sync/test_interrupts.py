@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from kit.threads import in_thread
@@ -124,6 +124,31 @@ def test_ctrl_c_that_races_with_the_grant_loses_no_place(dsn: str) -> None:
             del conn, give_back
             eventually_blocking(lambda: pool.stats().leased == 0)
             assert pool.stats().waiting == 0
+        assert_unharmed(pool)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_ctrl_c_when_the_granted_connection_is_just_in_hand_loses_no_place(dsn: str, holds: bool) -> None:
+    with SyncPool(dsn, max_size=1) as pool:
+        runner: Any = pool._pool._runner
+        lend_granted = runner.machine.lend_granted
+
+        def struck(slot: Any) -> None:
+            connection = lend_granted(slot)
+            if not holds:
+                del connection
+            raise KeyboardInterrupt
+
+        conn = pool.getconn()
+        runner.machine.lend_granted = struck
+        give_back = threading.Timer(0.05, pool.putconn, [conn])
+        give_back.start()
+        del conn
+        with pytest.raises(KeyboardInterrupt):
+            pool.getconn(timeout=FOREVER)
+        give_back.join()
+        runner.machine.lend_granted = lend_granted
+        del give_back
         assert_unharmed(pool)
 
 
