@@ -76,7 +76,7 @@ async def test_a_killed_backend_takes_all_sessions_with_it_and_all_come_back(
             await eventually(lambda: len(load.requests) > 10 * TASKS)
             before = mortal.admin.pids(application_name)
             mortal.kill_backend(before[0])
-            await eventually(lambda: len(load.errors) > 0)
+            await eventually(lambda: sum(pool.stats().closes.values()) >= SIZE, timeout=20)
             opened = await asyncio.to_thread(mortal.start)  # when it lets somebody in
             await eventually(lambda: len(load.successes_since(opened)) > 10 * TASKS)
         assert_no_more_failed_than_were_in_use(load, SIZE, opened)
