@@ -74,7 +74,7 @@ class Acquisition(Generic[C]):
         session.site_code = self._code
         session.site_offset = self._offset
         if session.touched:  # somebody went on with the object after its release
-            runner.leases.restore(session)
+            runner.leases.restore(session, session.connection)
         connection: Any = (
             session.connection if runner.plain else runner.leases.renew_for_debug(session, session.connection)
         )

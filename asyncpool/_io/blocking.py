@@ -179,15 +179,8 @@ class BlockingRunner(Runner):
             session.site_code = code
             session.site_offset = offset
             if session.touched:  # somebody went on with the object after its release
-                self._restore(connection)
+                self.leases.restore(session, connection)  # `session.connection` is None of a lease
         return connection if self.plain else self.prepare(connection)
-
-    def _restore(self, connection: Any) -> None:
-        # Not by way of `session.connection`, which is None of a lease: else Ctrl-C would leave it to nobody.
-        session: Session = connection._session
-        assert session.baseline is not None
-        session.baseline.restore(connection)
-        session.touched = False
 
     def _has_ended(self, connection: Any) -> bool:
         """Look at the socket of a connection that is about to be handed out; one that has ended is discarded."""

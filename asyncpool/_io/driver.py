@@ -162,7 +162,7 @@ class Driver:
                 # Its words may hold what it was about to return.
                 raised = ex.__cause__ if isinstance(ex, RuntimeError) and ex.__cause__ is not None else ex
                 words = f"the conninfo callable raised {type(raised).__name__}"
-                raise ConnectFailed(OperationalError(words), _T) from None
+                raise ConnectFailed(OperationalError(words), ConnectFailure.TRANSIENT) from None
         if not isinstance(conninfo, str):
             words = f"the conninfo callable must return a str, not {type(conninfo).__name__}"
             raise ConnectFailed(TypeError(words), ConnectFailure.FINAL)
@@ -189,7 +189,8 @@ class Driver:
             words = f'host "{hosts}" not resolved within {self._connect_timeout:g} s'
             raise ConnectFailed(named(e.ConnectionTimeout, words), ConnectFailure.TRANSIENT) from None
         except e.Error as error:
-            raise ConnectFailed(named(OperationalError, redactor.redact(str(error))), _T) from None
+            unknown = named(OperationalError, redactor.redact(str(error)))
+            raise ConnectFailed(unknown, ConnectFailure.TRANSIENT) from None
 
     def _in_order(self, attempts: list[ConnDict]) -> list[ConnDict]:
         """The place of the last success first, among those of the same role, unless the load is to be spread."""
@@ -425,7 +426,6 @@ def _place(attempt: ConnDict) -> tuple[object, ...]:
 
 
 _NOT_LIBPQ = PSYCOPG_OPTIONS | {"connection_class"}
-_T = ConnectFailure.TRANSIENT
 
 
 async def _poll_until_connected(pgconn: PGconn) -> bool:

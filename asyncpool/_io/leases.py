@@ -189,10 +189,10 @@ class Leases:
                 session.sever()  # at once, so that it is closed for its former user too
             self._perform(self._machine.discard(slot, reason, monotonic()))
 
-    def restore(self, session: Session) -> None:
-        """Put back the settings of an unleased connection."""
+    def restore(self, session: Session, connection: Leased) -> None:
+        """Put back the settings of a connection that is about to be handed out."""
         assert session.baseline is not None
-        session.baseline.restore(session.connection)
+        session.baseline.restore(connection)
         session.touched = False
 
     def adopt(self, session: Session, connection: Leased) -> None:

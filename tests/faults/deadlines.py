@@ -12,6 +12,22 @@ if TYPE_CHECKING:
 
 figures = logging.getLogger("figures")
 
+ACQUIRE_TIMEOUT = 0.5
+CONNECT_TIMEOUT = 0.2
+
+
+def short_deadlines(check_timeout: float) -> dict[str, Any]:
+    """The options of a pool that is to give up soon, in seconds."""
+    return {
+        "acquire_timeout": ACQUIRE_TIMEOUT,
+        "connect_timeout": CONNECT_TIMEOUT,
+        "check_timeout": check_timeout,
+        "cancel_timeout": check_timeout,
+        "backoff_initial": 0.02,
+        "backoff_max": 0.05,
+    }
+
+
 # Seconds that a busy machine may take beyond a deadline. On a quiet one nothing takes more than 0.1.
 MARGIN = 1.5
 

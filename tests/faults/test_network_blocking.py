@@ -16,7 +16,7 @@ from kit.waiting import eventually_blocking
 
 from asyncpool import CloseReason, PoolError, PoolTimeout, SyncPool
 
-from .deadlines import altered, check_overrun, ends_within
+from .deadlines import ACQUIRE_TIMEOUT, altered, check_overrun, ends_within, short_deadlines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,17 +27,8 @@ pytestmark = pytest.mark.usefixtures("no_bug_reported")
 
 Connection = psycopg.Connection[Any]
 
-ACQUIRE_TIMEOUT = 0.5
-CONNECT_TIMEOUT = 0.2
 CHECK_TIMEOUT = 0.25
-SECONDS: dict[str, Any] = {
-    "acquire_timeout": ACQUIRE_TIMEOUT,
-    "connect_timeout": CONNECT_TIMEOUT,
-    "check_timeout": CHECK_TIMEOUT,
-    "cancel_timeout": CHECK_TIMEOUT,
-    "backoff_initial": 0.02,
-    "backoff_max": 0.05,
-}
+SECONDS = short_deadlines(CHECK_TIMEOUT)
 PATIENT: dict[str, Any] = {**SECONDS, "acquire_timeout": 20.0}
 
 

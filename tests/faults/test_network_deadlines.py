@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 
 from asyncpool import CloseReason, Pool, PoolClosed, PoolTimeout
 
-from .deadlines import altered, ends_within
+from .deadlines import ACQUIRE_TIMEOUT, CONNECT_TIMEOUT, altered, ends_within, short_deadlines
 
 if TYPE_CHECKING:
     from kit.servers import Admin
@@ -31,17 +31,8 @@ pytestmark = pytest.mark.usefixtures("no_bug_reported")
 
 Connection = psycopg.AsyncConnection[Any]
 
-ACQUIRE_TIMEOUT = 0.5
-CONNECT_TIMEOUT = 0.2
 CHECK_TIMEOUT = 0.2
-SECONDS: dict[str, Any] = {
-    "acquire_timeout": ACQUIRE_TIMEOUT,
-    "connect_timeout": CONNECT_TIMEOUT,
-    "check_timeout": CHECK_TIMEOUT,
-    "cancel_timeout": CHECK_TIMEOUT,
-    "backoff_initial": 0.02,
-    "backoff_max": 0.05,
-}
+SECONDS = short_deadlines(CHECK_TIMEOUT)
 
 
 @dataclass(frozen=True)
