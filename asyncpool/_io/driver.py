@@ -62,6 +62,9 @@ SILENCE_PATIENCE = 1.0
 _UNANSWERED = (pq.ConnStatus.STARTED, pq.ConnStatus.MADE, pq.ConnStatus.AWAITING_RESPONSE, pq.ConnStatus.SSL_STARTUP)
 
 
+READ_ONLY = "the server has become read-only"
+
+
 class Unusable(Exception):
     """A connection did not pass a check or a reset, for this reason."""
 
@@ -310,7 +313,6 @@ class Driver:
         try:
             with anyio.fail_after(self._config.check_timeout):
                 await self._roll_back(session)
-                session.refused_write = False
                 if self._config.reset == "session":
                     await session.command(_SESSION_RESET)
                 elif self._config.reset == "discard":
@@ -326,7 +328,10 @@ class Driver:
                 if self._config.configure is not None:
                     await self._call("configure", session)
                     session.baseline = Baseline(session.connection)
-            if session.role is not None:
+            if session.is_read_only:
+                raise Unusable(CloseReason.READ_ONLY, READ_ONLY)
+            if session.refused_write:
+                session.refused_write = False
                 with anyio.fail_after(self._config.check_timeout):
                     await self._ask_role(session)
         except Unusable:
@@ -340,7 +345,7 @@ class Driver:
         if session.role is None:
             await session.command(b"")
         elif session.role.is_denied(await session.command(session.role.question)):
-            raise Unusable(CloseReason.READ_ONLY, "the server has become read-only")
+            raise Unusable(CloseReason.READ_ONLY, READ_ONLY)
 
     async def _roll_back(self, session: Session) -> None:
         if session.pgconn.transaction_status == IDLE:

@@ -138,9 +138,9 @@ class Leases:
             self._warn_in_transaction(session)
         session.baseline.restore(connection)
         if session.refused_write:
-            session.refused_write = False
             if session.role is not None:
                 return self._machine.recycle(slot, now)  # which asks for its role, and tells of a lost one
+            session.refused_write = False
         if session.pgconn.transaction_status == IDLE and not self._reset_needed:
             if session.is_read_only:
                 logger.info("%s: closing a connection whose server has become read-only", self._config.name)

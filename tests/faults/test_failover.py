@@ -169,6 +169,22 @@ async def test_a_server_that_becomes_read_only_serves_only_pools_that_did_not_as
         assert await write(pool) == primary.port
 
 
+async def test_a_lease_that_is_rolled_back_on_a_server_that_became_read_only_is_its_connections_last(
+    lasting_pair: tuple[EmbeddedServer, EmbeddedServer],
+) -> None:
+    primary, _ = lasting_pair
+    async with Pool(both(primary), min_size=1, max_size=1) as pool:
+        conn = await pool.acquire()
+        await conn.execute("select 1")
+        set_read_only(primary, "on")
+        try:
+            await pool.release(conn)
+            await eventually(lambda: CloseReason.READ_ONLY in pool.stats().closes)
+        finally:
+            set_read_only(primary, "off")
+        assert await write(pool) == primary.port
+
+
 @pytest.mark.parametrize("autocommit", [False, True])
 async def test_a_refused_write_has_the_others_asked_and_its_own_connection_too(
     lasting_pair: tuple[EmbeddedServer, EmbeddedServer], monkeypatch: pytest.MonkeyPatch, autocommit: bool
