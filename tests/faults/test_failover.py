@@ -155,7 +155,12 @@ async def test_a_server_that_becomes_read_only_serves_only_pools_that_did_not_as
         set_read_only(primary, "on")
         try:
             async with pool.acquire() as conn:  # the last one that anybody gets: it is the first to hear of it
-                await conn.execute("select 1")
+
+                async def has_heard() -> bool:
+                    cursor = await conn.execute("show default_transaction_read_only")
+                    return await cursor.fetchone() == ("on",)
+
+                await eventually(has_heard)
             if attrs == "any":
                 await lease_some(pool, 3)
                 assert not pool.stats().closes
