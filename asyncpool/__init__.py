@@ -8,6 +8,8 @@ from .errors import (
     PoolDeadlock,
     PoolError,
     PoolTimeout,
+    StatementOutcomeUnknown,
+    StatementTimeout,
     TooManyWaiting,
     WrongLoop,
 )
@@ -26,6 +28,8 @@ __all__ = [
     "PoolError",
     "PoolStats",
     "PoolTimeout",
+    "StatementOutcomeUnknown",
+    "StatementTimeout",
     "SyncPool",
     "TooManyWaiting",
     "WrongLoop",

@@ -28,6 +28,7 @@ class PoolConfig:
     name: str = field(default_factory=lambda: f"pool-{next(_numbers)}")
     min_size: int = 1
     max_size: int = 10
+    lanes: int = 2
     acquire_timeout: float | None = 30.0
     max_waiting: int | None = None
     max_lifetime: float | None = 3600.0
@@ -69,6 +70,7 @@ class PoolConfig:
 
     def _check_numbers(self) -> None:
         _check_int("max_connecting", self.max_connecting, at_least=1)
+        _check_int("lanes", self.lanes, at_least=0)
         for option, least in (("max_waiting", 0), ("max_uses", 1)):
             if (value := getattr(self, option)) is not None:
                 _check_int(option, value, at_least=least)

@@ -67,3 +67,17 @@ class CommitOutcomeUnknown(TransactionResolutionUnknown):
         """Its timeline then; None for a standby."""
         self.epoch = epoch
         """What changes when that server crashes."""
+
+
+class StatementOutcomeUnknown(TransactionResolutionUnknown):
+    """A one-shot statement was sent, and the connection lost before its answer: it was executed, or not. An
+    OperationalError with SQLSTATE 08007, with the connection's error as its `__cause__`; any other error of a one-shot
+    statement means that it has done nothing.
+
+    No PoolError, because after one of those nothing was done. Statements that only read can be declared with
+    `retry=True`: they are sent again.
+    """
+
+
+class StatementTimeout(StatementOutcomeUnknown, TimeoutError):
+    """A one-shot statement was sent, and not answered within its `timeout`. It may be executed all the same."""

@@ -57,6 +57,8 @@ class PoolStats:
     waiting: int
     acquires: int
     timeouts: int
+    one_shots: int
+    """One-shot statements that were answered."""
     connects: int
     connect_errors: int
     abandoned: int

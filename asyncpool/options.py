@@ -18,6 +18,7 @@ class CommonOptions(TypedDict, total=False):
     name: str
     min_size: int
     max_size: int
+    lanes: int
     acquire_timeout: float | None
     max_waiting: int | None
     max_lifetime: float | None

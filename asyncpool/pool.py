@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import warnings
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from threading import get_ident
 from time import monotonic
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, Unpack, cast, overload
 
 import anyio
 from psycopg import AsyncConnection
+from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, TupleRow
 
 from ._core.states import PoolPhase, SlotState
@@ -23,8 +24,10 @@ from ._io.commit import ask_status, known_status, track
 from ._io.connection import PooledConnection
 from ._io.driver import Conninfo, Driver, check_event_loop
 from ._io.leases import Leases, logger
+from ._io.one_shot import rows_of, run_many, run_one_shot
 from ._io.runner import Runner
 from ._io.session import NOT_LEASED, POOLS_OWN, Session
+from ._io.statement import OneShot
 from .config import (
     OPTION_NAMES,
     PoolConfig,
@@ -316,6 +319,131 @@ class Pool(Generic[C]):
         async with acquisition as connection, connection.lock:
             return await connection.wait(ask_status(cast(PooledConnection, connection), error))
 
+    # --- one-shot statements --------------------------------------------------------------------------------
+
+    async def execute(
+        self, query: Query, params: Params | None = None, *, timeout: float | None = None, retry: bool = False
+    ) -> str:
+        """Run one statement in a transaction of its own, on a connection that other callers' statements are under way
+        on too; what the server says of it: `INSERT 0 1`.
+
+        A statement waits up to `acquire_timeout` for a connection. `timeout` is seconds for the whole call; None: no
+        limit beyond that. `retry` declares that it only reads: it is sent again if its connection is lost.
+
+        Raises psycopg's errors for this statement alone; psycopg.ProgrammingError for a command that needs a connection
+        of its own; PoolTimeout, PoolClosed, TooManyWaiting and PoolDeadlock if it was not sent; StatementTimeout and
+        StatementOutcomeUnknown if it was, and nobody knows its end. A cancellation returns at once: what was not sent
+        is never sent, what was sent is executed, and its result dropped.
+        """
+        return (await self._one_shot(query, params, timeout, retry)).status_message()
+
+    @overload
+    async def fetch(
+        self: Pool[AsyncConnection[Row]],
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: None = None,
+        binary: bool = False,
+    ) -> list[Row]: ...
+    @overload
+    async def fetch(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: AsyncRowFactory[Row],
+        binary: bool = False,
+    ) -> list[Row]: ...
+    async def fetch(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: AsyncRowFactory[Any] | None = None,
+        binary: bool = False,
+    ) -> list[Any]:
+        """As `execute`, but all rows, made by `row_factory` or the pool's; none of a statement without a result.
+        `binary` asks for the binary format. Many rows are made in turns with other tasks' work.
+        """
+        statement = await self._one_shot(query, params, timeout, retry, binary)
+        return await rows_of(statement, row_factory)
+
+    @overload
+    async def fetchrow(
+        self: Pool[AsyncConnection[Row]],
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: None = None,
+        binary: bool = False,
+    ) -> Row | None: ...
+    @overload
+    async def fetchrow(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: AsyncRowFactory[Row],
+        binary: bool = False,
+    ) -> Row | None: ...
+    async def fetchrow(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: AsyncRowFactory[Any] | None = None,
+        binary: bool = False,
+    ) -> Any:
+        """As `fetch`, but the first row, or None."""
+        return (await self._one_shot(query, params, timeout, retry, binary)).row(row_factory)
+
+    async def fetchval(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        binary: bool = False,
+    ) -> Any:
+        """As `fetch`, but the first column of the first row, or None."""
+        return (await self._one_shot(query, params, timeout, retry, binary)).value()
+
+    async def executemany(self, query: Query, params_seq: Iterable[Params], *, timeout: float | None = None) -> int:
+        """Run a statement for each set of parameters, all in one transaction on a connection of its own. How many rows
+        that has changed.
+
+        `timeout` is seconds for the whole call; None: none beyond `acquire_timeout` for the connection. Raises as
+        `transaction()` does, and StatementTimeout. A cancellation rolls back, unless it comes during the COMMIT.
+        """
+        runner = self._open_runner()
+        check_timeout("timeout", timeout)
+        frame = _getframe(1)
+        return await run_many(runner, query, params_seq, timeout, frame.f_code, frame.f_lasti)
+
+    async def _one_shot(
+        self, query: Query, params: Params | None, timeout: float | None, retry: bool, binary: bool = False
+    ) -> OneShot:
+        runner = self._runner
+        if runner is None:
+            raise self._not_open()
+        if timeout is not None:
+            check_timeout("timeout", timeout)
+        return await run_one_shot(runner, query, params, timeout, retry=retry, binary=binary)
+
     # --- administration -------------------------------------------------------------------------------------
 
     def resize(self, min_size: int, max_size: int) -> None:
@@ -358,9 +486,10 @@ class Pool(Generic[C]):
             checking=count(SlotState.CHECKING),
             recycling=count(SlotState.RECYCLING),
             closing=count(SlotState.CLOSING),
-            waiting=machine.waiting if machine is not None else 0,
+            waiting=runner.waiting if machine is not None and runner is not None else 0,
             acquires=totals.acquires if totals is not None else 0,
-            timeouts=totals.timeouts if totals is not None else 0,
+            timeouts=totals.timeouts + runner.multiplexer.timeouts if totals is not None and runner is not None else 0,
+            one_shots=runner.multiplexer.answered if runner is not None else 0,
             connects=totals.connects if totals is not None else 0,
             connect_errors=totals.connect_errors if totals is not None else 0,
             abandoned=self._driver.abandoned,

@@ -28,7 +28,7 @@ from .effects import (
     WakeAt,
 )
 from .policy import NEVER, Backoff, ConnectFailure, retirement
-from .queue import Waiter, WaiterQueue
+from .queue import GroupWaiter, Waiter, WaiterQueue
 from .slot import Slot
 from .states import LEGAL_MOVES, LEGAL_PHASES, PoolPhase, SlotState
 
@@ -194,7 +194,10 @@ class PoolMachine:
         # so the question costs little, however many wait.
         witness = self._witness
         if (
-            witness is None or witness.state is not LEASED or (witness.owner and witness.owner() is waiter.owner)
+            witness is None
+            or witness.state is not LEASED
+            or (witness.owner and witness.owner() is waiter.owner)
+            or isinstance(waiter, GroupWaiter)
         ) and self._is_circle():
             self.waiters.discard(waiter)
             return (Refuse(waiter, Refusal.DEADLOCK),)
@@ -202,6 +205,14 @@ class PoolMachine:
             self._wake_at = deadline
             return (WakeAt(deadline),)
         return NO_EFFECTS
+
+    def joined(self, waiter: Waiter, owner: object) -> bool:
+        """One more stands still for a waiter in the queue. Whether that completes a circle, and is to be refused."""
+        if waiter not in self.waiters or self._idle or len(self._slots) < self.max_size:
+            return False
+        witness = self._witness
+        is_proof = witness is not None and witness.state is LEASED and not (witness.owner and witness.owner() is owner)
+        return not is_proof and self._is_circle()
 
     def _turn_away(self, waiter: Waiter, now: float) -> Effects:
         """The queue is full: refuse, but grow as for a waiter, so that a later caller finds a connection."""
@@ -611,7 +622,7 @@ class PoolMachine:
                 self._witness = slot
                 return False
             if waiting is None:
-                waiting = {id(waiter.owner) for waiter in self.waiters if waiter.owner is not None}
+                waiting = {id(owner) for waiter in self.waiters for owner in waiter.owners()}
             if id(slot.owner()) not in waiting:
                 self._witness = slot
                 return False
@@ -623,7 +634,9 @@ class PoolMachine:
             return
         if (self._witness is None or self._witness.state is not LEASED) and self._leased and self._is_circle():
             owners = {id(slot.owner()) for slot in self._leased if slot.owner is not None}
-            waiter = next(waiter for waiter in reversed(self.waiters) if id(waiter.owner) in owners)
+            waiter = next(
+                waiter for waiter in reversed(self.waiters) if any(id(owner) in owners for owner in waiter.owners())
+            )
             self.waiters.discard(waiter)
             self._effects.append(Refuse(waiter, Refusal.DEADLOCK))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from .policy import NEVER
@@ -22,6 +22,24 @@ class Waiter:
         self.deadline = deadline
         self.owner = owner
         self.slot: Slot | None = None
+
+    def owners(self) -> Iterable[object]:
+        """Who stands still for it."""
+        return () if self.owner is None else (self.owner,)
+
+
+class GroupWaiter(Waiter):
+    """One place in the queue for many, who all go on when it is granted; `members` are those who stand still."""
+
+    __slots__ = ("_members",)
+
+    def __init__(self, deadline: float, members: Callable[[], Iterable[object]]) -> None:
+        super().__init__(deadline)
+        self._members = members
+
+    def owners(self) -> Iterable[object]:
+        """Who stands still for it."""
+        return (owner for owner in self._members() if owner is not None)
 
 
 class WaiterQueue(OrderedDict[Waiter, None]):

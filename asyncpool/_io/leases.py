@@ -25,7 +25,7 @@ from .client_state import read_client_state
 from .connection import Leased, describe_unfinished
 from .reader import BAD
 from .session import FORKED, IDLE, NOT_LEASED, SEVERED, Session
-from .site import describe_stack
+from .site import LANE, describe_stack
 from .watch import DisconnectWatch
 
 logger = logging.getLogger("asyncpool")
@@ -251,7 +251,7 @@ class Leases:
         for slot in self._machine.leases():
             session = slot.resource
             assert isinstance(session, Session)
-            if session.held_warned:
+            if session.held_warned or session.site_code is LANE:
                 continue
             if now < slot.leased_at + limit:
                 due = min(due, slot.leased_at + limit)

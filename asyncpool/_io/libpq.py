@@ -1,4 +1,4 @@
-"""What psycopg does not expose of libpq: the SQLSTATE of an error met while connecting."""
+"""What psycopg does not expose of libpq: the SQLSTATE of an error met while connecting, and a Sync that waits."""
 
 from __future__ import annotations
 
@@ -113,6 +113,22 @@ def _find_set_error_verbosity() -> Callable[[int, int], int] | None:
     function.argtypes = (ctypes.c_void_p, ctypes.c_int)
     function.restype = ctypes.c_int
     found: Callable[[int, int], int] = function
+    return found
+
+
+@functools.cache
+def find_send_sync() -> Callable[[int], int] | None:
+    """PQsendPipelineSync, which libpq has from version 17 on: a Sync that is sent with what comes next or with a flush,
+    where psycopg's takes a system call each. It is called with a PGconn's address. None where it is not to be had.
+    """
+    try:
+        # It does not block, so that there is no reason to let go of the GIL for it.
+        function = ctypes.PyDLL(None, handle=_loaded_libpq()._handle).PQsendPipelineSync
+    except (AttributeError, KeyError, OSError):
+        return None
+    function.argtypes = (ctypes.c_void_p,)
+    function.restype = ctypes.c_int
+    found: Callable[[int], int] = function
     return found
 
 

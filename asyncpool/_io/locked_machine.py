@@ -149,8 +149,8 @@ class LockedMachine(PoolMachine):
         for effect in effects:
             if type(effect) is ThreadWaiter:
                 effect.wake()
-            elif type(effect) is Refuse:
-                waiter: ThreadWaiter = effect.waiter  # type: ignore[assignment]  # all are of that class here
+            elif type(effect) is Refuse and isinstance(effect.waiter, ThreadWaiter):
+                waiter = effect.waiter
                 waiter.refusal = effect.refusal
                 waiter.wake()
             else:
@@ -199,7 +199,7 @@ class LockedMachine(PoolMachine):
             slot.state = LEASED
             slot.uses = uses
             waiter.slot = slot
-            waiter.wake()
+            self._divide((waiter,))
             return
         session.granted_to = None
         being_lent = session.lease == slot.uses and session.connection is not None
@@ -313,6 +313,11 @@ class LockedMachine(PoolMachine):
             session.connection = session.granted_to = None
             session.lease = slot.uses
             return connection
+
+    def joined(self, waiter: Waiter, owner: object) -> bool:
+        """Whether one more who stands still for a waiter completes a circle."""
+        with self.lock:
+            return super().joined(waiter, owner)
 
     def _enqueue_unless_exhausted(self: PoolMachine, waiter: Waiter, now: float) -> Effects:
         """Like `enqueue`, but refuses if every place is leased, or will be to those who wait already."""

@@ -117,6 +117,16 @@ class Reader:
             self._end()
             future.set_exception(e._WaitTimeout("wait timeout expired"))  # what notifies() expects
 
+    def await_writable(self) -> None:
+        """There is more to send than the socket takes: send the generator on also when it takes more."""
+        if self._future is not None and not self._state & WRITE:
+            self._state |= WRITE
+            self._set_writing(True)
+
+    def let_go(self) -> None:
+        """Drive the generator no more, whatever it waits for."""
+        self._end()
+
     def stop(self) -> None:
         """Take the socket out of the event loop, before its descriptor is closed."""
         self._stop_reading()

@@ -38,7 +38,7 @@ from .._core.effects import (
 )
 from .._core.machine import PoolMachine
 from .._core.policy import ConnectFailure
-from .._core.queue import Waiter
+from .._core.queue import GroupWaiter, Waiter
 from .._core.slot import Slot
 from .._core.states import PoolPhase, SlotState
 from ..config import PoolConfig
@@ -47,6 +47,7 @@ from ..events import CloseReason
 from .connect_errors import ConnectFailed, words_of
 from .driver import Driver, Unusable
 from .leases import LEASED, Leases, logger
+from .multiplexer import Multiplexer
 from .session import SEVERED, Session
 from .site import is_generator
 from .watch import DisconnectWatch
@@ -106,6 +107,9 @@ class Runner:
         self._tasks: dict[Slot, asyncio.Task[None]] = {}
         self._scopes: dict[Slot, anyio.CancelScope] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self.multiplexer = Multiplexer(self, config.lanes)
+        # `setup` is for each acquire, and a lane is none that anybody has asked for.
+        self.shares_lanes = config.lanes > 0 and config.setup is None
         self.plain = not debug and config.setup is None  # a lease is ready when its connection is there
         self._perform: dict[type, Callable[[Any], None]] = {
             Connect: lambda effect: self._start(effect.slot, "connect", self._connect(effect.slot)),
@@ -113,6 +117,7 @@ class Runner:
             Recycle: lambda effect: self._start(effect.slot, "recycle", self._recycle(effect.slot)),
             Close: self._on_close,
             Refuse: self._on_refuse,
+            GroupWaiter: self.multiplexer.granted,
             WakeAt: self._on_wake_at,
             Opened: lambda effect: _resolve(self.opening),
             OpeningFailed: self._on_opening_failed,
@@ -159,6 +164,7 @@ class Runner:
         """Start closing; `closing` is done when the last session is gone."""
         _resolve(self.opening)  # for whoever waits for it, and looks at the phase
         self.perform(self.machine.close(monotonic()))
+        self.multiplexer.close()
 
     def sever(self) -> None:
         """End the leases that keep the pool from closing."""
@@ -197,6 +203,7 @@ class Runner:
 
     def _stop_timers(self) -> None:
         self.leases.stop()
+        self.multiplexer.stop()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -222,6 +229,9 @@ class Runner:
 
     def _on_refuse(self, refuse: Refuse) -> None:
         waiter = refuse.waiter
+        if isinstance(waiter, GroupWaiter):
+            self.multiplexer.refused(waiter, refuse.refusal)
+            return
         assert isinstance(waiter, FutureWaiter)
         if not waiter.future.done():
             waiter.future.set_result(refuse.refusal)
@@ -248,6 +258,11 @@ class Runner:
         error.__cause__ = self.last_connect_error
         return error
 
+    @property
+    def waiting(self) -> int:
+        """How many callers wait, for a connection or for their statement to be sent."""
+        return self.machine.waiting + self.multiplexer.waiting - self.multiplexer.requested
+
     def _connect_error_words(self) -> str:
         return words_of(self.last_connect_error) if self.last_connect_error is not None else "no reason is known"
 
@@ -259,7 +274,7 @@ class Runner:
         count = self.machine.count
         text = (
             f"{count(LEASED)} in use, {count(SlotState.IDLE)} idle, {count(SlotState.CONNECTING)} connecting,"
-            f" {self.machine.waiting} waiting, max_size {self.machine.max_size}"
+            f" {self.waiting} waiting, max_size {self.machine.max_size}"
         )
         if self.last_connect_error is not None:
             age = monotonic() - self.last_connect_error_at

@@ -80,6 +80,7 @@ class Session:
         "reference",
         "refused_write",
         "role",
+        "round_trip",
         "shared",
         "site_code",
         "site_offset",
@@ -124,10 +125,11 @@ class Session:
         self.commit = CommitPhase.NONE
         self.has_ended = end_of_peer(self.reader.fd)  # for as long as the descriptor is this session's
         self.mark: TransactionMark | None = None  # of a tracked transaction that is about to be committed
-        self.site_code: CodeType | None = None
+        self.site_code: CodeType | str | None = None
         self.site_offset = 0
         self.stack: str | None = None
         self.held_warned = False
+        self.round_trip = 0.0  # the least that a lane has seen, in seconds; 0 until then
 
     @property
     def site(self) -> str:

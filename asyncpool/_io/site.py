@@ -8,11 +8,14 @@ import sys
 import traceback
 from types import CodeType, FrameType
 
+# In the place of code, for a lease of the pool's own.
+LANE = "one-shot statements"
 
-def describe_site(code: CodeType | None, offset: int) -> str:
+
+def describe_site(code: CodeType | str | None, offset: int) -> str:
     """`file:line in function`, from a frame's `f_code` and `f_lasti` (its `f_lineno` is slow to read)."""
-    if code is None:
-        return "unknown"
+    if code is None or isinstance(code, str):
+        return code or "unknown"
     line: int | None = code.co_firstlineno
     for start, end, number in code.co_lines():
         if start <= offset < end:
@@ -21,9 +24,9 @@ def describe_site(code: CodeType | None, offset: int) -> str:
     return f"{code.co_filename}:{line} in {code.co_qualname}"
 
 
-def is_generator(code: CodeType | None) -> bool:
+def is_generator(code: CodeType | str | None) -> bool:
     """Whether this is a generator's, sync or async. What that is in the midst of may be ended from elsewhere."""
-    return code is not None and bool(code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
+    return isinstance(code, CodeType) and bool(code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
 
 
 # In these frames somebody acquires on behalf of the one outside of them.

@@ -1,0 +1,156 @@
+"""Running a one-shot statement for a task: on a lane, or on a lease of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterable
+from contextlib import asynccontextmanager
+from threading import get_ident
+from types import CodeType
+from typing import TYPE_CHECKING, Any, cast
+
+from psycopg import AsyncCursor
+from psycopg import errors as e
+from psycopg.abc import Params, Query
+
+from .._core.lanes import MAX_SENDS, Lane
+from ..errors import StatementOutcomeUnknown, StatementTimeout
+from .acquisition import Acquisition, current_task
+from .connection import PooledConnection
+from .multiplexer import outcome_unknown
+from .pipe import Pipe, run_alone
+from .reader import BAD
+from .statement import BINARY, TEXT, OneShot, pace_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from .runner import Runner
+
+_getframe = sys._getframe
+
+
+async def run_one_shot(
+    runner: Runner, query: Query, params: Params | None, timeout: float | None, *, retry: bool, binary: bool
+) -> OneShot:
+    """A statement that was answered, or has failed: its methods say which.
+
+    Raises PoolError as `acquire()` does, psycopg.ProgrammingError for a command that needs a session of its own.
+    """
+    if get_ident() != runner.thread or current_task(runner.loop) is None:
+        runner.check_loop()
+    multiplexer = runner.multiplexer
+    pace = pace_of(multiplexer.paces, query, runner.config.name)
+    statement = OneShot(query, params, pace, runner.config.name, retry=retry, result_format=BINARY if binary else TEXT)
+    if pace.is_slow or not runner.shares_lanes:
+        await _run_on_lease(runner, statement, timeout)
+        return statement
+    limit = runner.config.acquire_timeout
+    statement.future = future = runner.loop.create_future()
+    multiplexer.submit(statement, statement.began, limit)
+    timer = runner.loop.call_later(timeout, multiplexer.expire, statement) if timeout is not None else None
+    try:
+        if statement.error is not None:
+            await asyncio.sleep(0)  # refused at once: a loop that tries again must not keep the event loop from others
+        await future
+    except BaseException:
+        multiplexer.withdraw(statement)
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+    return statement
+
+
+async def _run_on_lease(runner: Runner, statement: OneShot, timeout: float | None) -> None:
+    frame = _getframe(2)
+    code, offset = frame.f_code, frame.f_lasti
+    deadline = _deadline(runner, timeout)
+    while not statement.is_sent:
+        acquisition = Acquisition[Any](runner, _until(runner, deadline), code, offset)
+        async with acquisition as connection, _limited(runner.config.name, deadline):
+            lost = await _run_once(runner, cast(PooledConnection, connection), statement)
+        if lost is not None:
+            raise lost
+
+
+async def _run_once(runner: Runner, connection: PooledConnection, statement: OneShot) -> StatementOutcomeUnknown | None:
+    """Run it. An error is returned if it was lost with its connection, and is not to be sent again."""
+    pipe = Pipe(connection, connection._session, Lane())
+    try:
+        with runner.multiplexer.watching(pipe):
+            await connection.wait(run_alone(pipe, statement))
+    except e.OperationalError as error:
+        return what_was_lost(runner.config.name, pipe, statement, error)
+    finally:
+        connection._session.in_transaction = False  # nothing but this statement, whose error says what there is to say
+    statement.is_sent = True
+    runner.multiplexer.answered += 1
+    return None
+
+
+def what_was_lost(
+    name: str, pipe: Pipe, statement: OneShot, error: e.OperationalError
+) -> StatementOutcomeUnknown | None:
+    """The error for a statement that had a lease of its own and was lost with its connection; None if it is to be sent
+    again. Raises `error` if it is another.
+    """
+    if pipe.session.pgconn.status != BAD or not statement.is_sent:
+        raise error
+    if statement.retry and statement.sends < MAX_SENDS:
+        statement.is_sent = False
+        return None
+    return outcome_unknown(name, pipe.last_words or error)
+
+
+def _deadline(runner: Runner, timeout: float | None) -> float | None:
+    """The loop's time when this timeout is over."""
+    return None if timeout is None else runner.loop.time() + timeout
+
+
+def _until(runner: Runner, deadline: float | None) -> float | None:
+    """How long a connection may be waited for."""
+    limit = runner.config.acquire_timeout
+    if deadline is None:
+        return limit
+    remaining = max(0.0, deadline - runner.loop.time())
+    return remaining if limit is None else min(limit, remaining)
+
+
+@asynccontextmanager
+async def _limited(name: str, deadline: float | None) -> AsyncIterator[None]:
+    """Raise StatementTimeout if the block lasts until then."""
+    scope = asyncio.timeout_at(deadline)
+    try:
+        async with scope:
+            yield
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        words = "a one-shot statement was sent, and cancelled as it was not answered in time"
+        raise StatementTimeout(f"{name}: {words}") from None
+
+
+async def run_many(
+    runner: Runner, query: Query, params_seq: Iterable[Params], timeout: float | None, code: CodeType, offset: int
+) -> int:
+    """Run a statement for each set of parameters, in one transaction: how many rows that has changed."""
+    name = runner.config.name
+    pace_of(runner.multiplexer.paces, query, name)
+    deadline = _deadline(runner, timeout)
+    acquisition = Acquisition[Any](runner, _until(runner, deadline), code, offset)
+    async with acquisition as connection, _limited(name, deadline), connection.transaction():
+        cursor = AsyncCursor(connection)
+        await cursor.executemany(query, params_seq)
+        return max(0, cursor.rowcount)
+
+
+async def rows_of(statement: OneShot, row_factory: Any) -> list[Any]:
+    """All rows of an answer; where these are many, others have their turn meanwhile."""
+    rows: list[Any] | None = statement.rows(row_factory)
+    if rows is None:
+        rows = []
+        for _ in statement.rows_at_leisure(row_factory, rows):
+            await asyncio.sleep(0)
+    return rows

@@ -1,0 +1,205 @@
+"""A one-shot statement: what its caller has asked for, who is told of its end, and the rows that its result holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable, Iterator
+from time import monotonic
+from typing import TYPE_CHECKING, Any, cast
+
+from psycopg import AsyncConnection, AsyncCursor, Cursor, ProgrammingError, pq
+from psycopg import errors as e
+from psycopg.abc import Params, Query
+from psycopg.adapt import Transformer
+from psycopg.rows import tuple_row
+from psycopg.sql import Composable
+
+from .._core.lanes import Pace, Paces, Statement
+from ..config import shown
+from .one_shot_rules import needs_session, remedy
+from .reader import MAX_BUSY_TIME
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
+    from .pipe import Pipe
+
+TEXT = pq.Format.TEXT
+BINARY = pq.Format.BINARY
+_TUPLES_OK = int(pq.ExecStatus.TUPLES_OK)
+_FINE = frozenset(map(int, (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK, pq.ExecStatus.EMPTY_QUERY)))
+
+# How many values are made Python's between two looks at the clock.
+_VALUES_AT_ONCE = 2000
+
+
+class OneShot(Statement):
+    """A statement of a caller who waits for its result or its error."""
+
+    __slots__ = (
+        "began",
+        "error",
+        "future",
+        "is_parsing",
+        "key",
+        "name",
+        "params",
+        "pipe",
+        "pool_name",
+        "query",
+        "result",
+        "result_format",
+        "was_prepared_again",
+    )
+
+    pipe: Pipe  # which it was put on
+
+    def __init__(
+        self, query: Query, params: Params | None, pace: Pace, pool_name: str, *, retry: bool, result_format: pq.Format
+    ) -> None:
+        super().__init__(pace, retry=retry)
+        self.query = query
+        self.params = params
+        self.pool_name = pool_name
+        self.result_format = result_format
+        self.began = monotonic()
+        self.result: PGresult | None = None
+        self.error: Exception | None = None
+        self.future: asyncio.Future[None] | None = None  # who waits, unless it is run alone
+        self.name = b""  # by which it is prepared on the server
+        self.key: tuple[bytes, tuple[int, ...]] | None = None
+        self.is_parsing = False  # whether an answer to its Parse comes first
+        self.was_prepared_again = False
+
+    @classmethod
+    def of_pool(cls, pace: Pace) -> OneShot:
+        """In the place of a command of the pool's own, to whose answer nobody listens."""
+        statement = cls(b"", None, pace, "", retry=False, result_format=TEXT)
+        statement.is_wanted = False
+        return statement
+
+    def resolve(self, result: PGresult | None) -> None:
+        """The server has answered."""
+        self.result = result
+        self.wake()
+
+    def fail(self, error: Exception) -> None:
+        """There will be no answer."""
+        self.error = error
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the caller go on."""
+        if self.future is not None and not self.future.done():
+            self.future.set_result(None)
+
+    def forget(self) -> None:
+        """Nobody waits any more, and it is not to be sent: let go of what it holds."""
+        self.query, self.params = b"", None
+
+    def check_converted(self, query: bytes) -> None:
+        """Refuse what was composed, and could not be read before. Raises psycopg.ProgrammingError."""
+        if command := needs_session(query):
+            raise ProgrammingError(remedy(self.pool_name, command))
+
+    def answer(self) -> PGresult:
+        """The result. Raises the error, of the server or of whatever kind."""
+        if self.error is not None:
+            error, self.error = self.error, None  # no circle with its traceback
+            raise error
+        result = self.result
+        assert result is not None
+        if result.status not in _FINE:
+            raise e.error_from_result(result, encoding=self.pipe.transformer.encoding)
+        return result
+
+    # --- rows -----------------------------------------------------------------------------------------------
+
+    def status_message(self) -> str:
+        """What the server says that it has done: `INSERT 0 1`. Raises as `answer`."""
+        return (self.answer().command_status or b"").decode()
+
+    def value(self) -> Any:
+        """The first column of the first row, None without one. Raises as `answer`."""
+        result = self.answer()
+        if not result.ntuples or not result.nfields:
+            return None
+        transformer = self.pipe.transformer
+        transformer.set_pgresult(result)
+        first_row: Any = transformer.load_row(0, tuple)
+        return first_row[0]
+
+    def row(self, row_factory: Any) -> Any:
+        """The first row, None without one. Raises as `answer`."""
+        result = self.answer()
+        if not result.ntuples:
+            return None
+        transformer = self.pipe.transformer
+        transformer.set_pgresult(result)
+        return transformer.load_row(0, self._row_maker(result, row_factory))
+
+    def rows(self, row_factory: Any) -> list[Any] | None:
+        """All rows; None if these are so many that `rows_at_leisure` is to be asked. Raises as `answer`."""
+        result = self.answer()
+        if result.status != _TUPLES_OK:
+            return []
+        if result.ntuples * result.nfields > _VALUES_AT_ONCE:
+            return None
+        transformer = self.pipe.transformer
+        transformer.set_pgresult(result)
+        return transformer.load_rows(0, result.ntuples, self._row_maker(result, row_factory))
+
+    def rows_at_leisure(self, row_factory: Any, rows: list[Any]) -> Iterator[None]:
+        """Put all rows into a list, and come back whenever others should have their turn."""
+        result = self.answer()
+        transformer = Transformer(self.pipe.transformer)  # the pipe's is used for others in those turns
+        transformer.set_pgresult(result)
+        make_row = self._row_maker(result, row_factory)
+        at_once = max(1, _VALUES_AT_ONCE // max(1, result.nfields))
+        began = monotonic()
+        for first in range(0, result.ntuples, at_once):
+            rows += transformer.load_rows(first, min(first + at_once, result.ntuples), make_row)
+            if monotonic() - began >= MAX_BUSY_TIME:
+                yield
+                began = monotonic()
+
+    def _row_maker(self, result: PGresult, row_factory: Any) -> Any:
+        factory = row_factory or self.pipe.row_factory
+        if factory is tuple_row:
+            return tuple
+        connection: Any = self.pipe.connection
+        cursor: Any = AsyncCursor(connection) if isinstance(connection, AsyncConnection) else Cursor(connection)
+        cursor.pgresult = result
+        return factory(cursor)
+
+
+def pace_of(paces: Paces, query: Any, pool_name: str) -> Pace:
+    """What is known of statements with this text. Raises psycopg.ProgrammingError for one that needs a session of its
+    own, and TypeError for what is no query.
+    """
+    text: Hashable = query if isinstance(query, (str, bytes)) else _text_of(query)
+    pace = paces.find(text)
+    if pace is None:
+        pace = Pace(needs_session(_as_bytes(text)))
+        paces.add(text, pace)
+    if pace.needs is not None:
+        raise ProgrammingError(remedy(pool_name, pace.needs))
+    return pace
+
+
+def _text_of(query: Any) -> Hashable:
+    """What stands for a composed query. One with values of its own is a text of its own each time."""
+    if isinstance(query, Composable):
+        try:
+            return query.as_string(None)
+        except Exception:  # it may want adapters that only the connection has
+            return repr(query)
+    if (strings := getattr(query, "strings", None)) is not None:  # of a template string
+        return tuple(strings)
+    raise TypeError(f"query must be a str, bytes, psycopg.sql object or template string, not {shown(query)}")
+
+
+def _as_bytes(text: Hashable) -> bytes:
+    if isinstance(text, bytes):
+        return text
+    return (text if isinstance(text, str) else "".join(cast("tuple[str, ...]", text))).encode(errors="replace")
