@@ -27,7 +27,7 @@ from ._io.leases import Leases, logger
 from ._io.one_shot import rows_of, run_many, run_one_shot
 from ._io.runner import Runner
 from ._io.session import NOT_LEASED, POOLS_OWN, Session
-from ._io.statement import OneShot
+from ._io.statement import OneShot, pace_of
 from .config import (
     OPTION_NAMES,
     PoolConfig,
@@ -422,17 +422,17 @@ class Pool(Generic[C]):
         """As `fetch`, but the first column of the first row, or None."""
         return (await self._one_shot(query, params, timeout, retry, binary)).value()
 
-    async def executemany(self, query: Query, params_seq: Iterable[Params], *, timeout: float | None = None) -> int:
+    async def executemany(self, query: Query, params_seq: Iterable[Params]) -> int:
         """Run a statement for each set of parameters, all in one transaction on a connection of its own. How many rows
         that has changed.
 
-        `timeout` is seconds for the whole call; None: none beyond `acquire_timeout` for the connection. Raises as
-        `transaction()` does, and StatementTimeout. A cancellation rolls back, unless it comes during the COMMIT.
+        Raises as `transaction()` and `execute()` do. A cancellation rolls back, unless it comes during the COMMIT.
         """
         runner = self._open_runner()
-        check_timeout("timeout", timeout)
+        pace_of(runner.multiplexer.paces, query, self.name)
         frame = _getframe(1)
-        return await run_many(runner, query, params_seq, timeout, frame.f_code, frame.f_lasti)
+        acquisition = Acquisition[C](runner, DEFAULT, frame.f_code, frame.f_lasti)
+        return await run_many(acquisition, query, params_seq)
 
     async def _one_shot(
         self, query: Query, params: Params | None, timeout: float | None, retry: bool, binary: bool = False

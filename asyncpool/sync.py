@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import weakref
-from collections.abc import Callable, Coroutine, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import TIMEOUT_MAX, Lock, RLock
 from time import monotonic
@@ -14,19 +14,24 @@ from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, cast, overload
 
 import psycopg
-from psycopg import Connection
+from psycopg import Connection, Cursor
+from psycopg.abc import Params, Query
 from psycopg.rows import RowFactory, TupleRow
 
+from ._core.lanes import Paces
 from ._core.states import PoolPhase
 from ._io.acquisition import DEFAULT, Default, check_not_failed
-from ._io.blocking import BlockingAcquisition, BlockingRunner, DropInRunner, Timeout, check_not_finalizing
+from ._io.blocking import BlockingRunner, DropInRunner, Timeout
+from ._io.blocking_acquisition import BlockingAcquisition
 from ._io.blocking_driver import BlockingDriver
+from ._io.blocking_one_shot import ThreadOneShot
 from ._io.commit import ask_status, known_status, track
 from ._io.connection import RELEASED, UNUSABLE, PooledBlockingConnection
 from ._io.leases import Leases, logger
 from ._io.locked_machine import ensure_stack
-from ._io.loop_thread import LoopThread
+from ._io.loop_thread import LoopThread, check_not_finalizing
 from ._io.session import IDLE, NOT_LEASED, SEVERED
+from ._io.statement import OneShot, pace_of
 from ._io.watch import WATCH_STALENESS
 from .config import check_timeout, is_true, shown
 from .errors import CommitOutcomeUnknown, PoolError, PoolTimeout
@@ -376,6 +381,134 @@ class SyncPool(Generic[C]):
                 " Pool there; this is said once",
                 self.name,
             )
+
+    # --- one-shot statements --------------------------------------------------------------------------------
+
+    def execute(
+        self, query: Query, params: Params | None = None, *, timeout: float | None = None, retry: bool = False
+    ) -> str:
+        """Run one statement in a transaction of its own, on a connection that other threads' statements are under way
+        on too; what the server says of it: `INSERT 0 1`. As `Pool.execute`, which says what it raises.
+
+        After Ctrl-C what was not sent is never sent; what was sent is executed, and its result dropped.
+        """
+        return self._one_shot(query, params, timeout, retry).status_message()
+
+    @overload
+    def fetch(
+        self: SyncPool[Connection[Row]],
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: None = None,
+        binary: bool = False,
+    ) -> list[Row]: ...
+    @overload
+    def fetch(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: RowFactory[Row],
+        binary: bool = False,
+    ) -> list[Row]: ...
+    def fetch(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: RowFactory[Any] | None = None,
+        binary: bool = False,
+    ) -> list[Any]:
+        """As `execute`, but all rows, made by `row_factory` or the pool's; none of a statement without a result.
+        `binary` asks for the binary format.
+        """
+        statement = self._one_shot(query, params, timeout, retry, binary)
+        rows = statement.rows(row_factory)
+        if rows is None:
+            rows = []
+            for _ in statement.rows_at_leisure(row_factory, rows):
+                pass  # the interpreter gives other threads their turn
+        return rows
+
+    @overload
+    def fetchrow(
+        self: SyncPool[Connection[Row]],
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: None = None,
+        binary: bool = False,
+    ) -> Row | None: ...
+    @overload
+    def fetchrow(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: RowFactory[Row],
+        binary: bool = False,
+    ) -> Row | None: ...
+    def fetchrow(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: RowFactory[Any] | None = None,
+        binary: bool = False,
+    ) -> Any:
+        """As `fetch`, but the first row, or None."""
+        return self._one_shot(query, params, timeout, retry, binary).row(row_factory)
+
+    def fetchval(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        binary: bool = False,
+    ) -> Any:
+        """As `fetch`, but the first column of the first row, or None."""
+        return self._one_shot(query, params, timeout, retry, binary).value()
+
+    def executemany(self, query: Query, params_seq: Iterable[Params]) -> int:
+        """Run a statement for each set of parameters, all in one transaction on a connection of its own. How many rows
+        that has changed. Raises as `transaction()` and `execute()` do.
+        """
+        pace_of(Paces(), query, self.name)
+        frame = _getframe(1)
+        with self._acquisition(DEFAULT, frame.f_code, frame.f_lasti) as connection, connection.transaction():
+            cursor = Cursor(connection)
+            cursor.executemany(query, params_seq)
+            return max(0, cursor.rowcount)
+
+    def _one_shot(
+        self, query: Query, params: Params | None, timeout: float | None, retry: bool, binary: bool = False
+    ) -> OneShot:
+        if _get_running_loop() is not None:
+            self._warn_of_loop()
+        runner = self._pool._runner
+        if runner is None:
+            runner = self._open_runner()
+        if timeout is not None:
+            check_timeout("timeout", timeout)
+        frame = _getframe(2)
+        statement = ThreadOneShot(query, params, self.name, timeout, retry=retry, binary=binary)
+        runner.submissions.run(statement, frame.f_code, frame.f_lasti)
+        return statement
 
     # --- administration -------------------------------------------------------------------------------------
 

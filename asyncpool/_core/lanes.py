@@ -57,6 +57,10 @@ class Pace:
         average = self.average
         self.average = seconds if average is None else average + (seconds - average) * WEIGHT
 
+    def suspect(self) -> None:
+        """One takes so long that it stalls its lane."""
+        self.average = max(LANE_STALL, self.average or 0.0)
+
     @property
     def is_slow(self) -> bool:
         """Whether it is to have a connection of its own."""
@@ -147,7 +151,11 @@ class Lane:
         return self._pending_at >= self.stalls_at
 
     def seen_pending(self, now: float) -> None:
-        """The statement in front is not answered yet."""
+        """The statement in front is not answered yet. One that stalls the lane counts as slow from now on: its like are
+        not to stall others before it has ended, which it may never do.
+        """
+        if now >= self.stalls_at and not self.is_stalled:
+            self.in_flight[0].pace.suspect()
         self._pending_at = now
 
     @property

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from types import CodeType, TracebackType
-from typing import Any, Generic, TypeVar
+from types import CodeType
+from typing import Any, TypeVar
 
-import psycopg
 from psycopg import Connection
 
 from .._core.effects import Close, Effects
@@ -22,24 +20,19 @@ from .._core.policy import NEVER
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError
 from ..events import CloseReason
-from .acquisition import Default, check_not_undone, has_to_commit
-from .connection import Leased
+from .acquisition import Default
+from .blocking_acquisition import BlockingLeases
+from .blocking_one_shot import Submissions
 from .driver import Driver
 from .leases import LEASED, Leases
-from .locked_machine import LockedMachine, ThreadWaiter, current, ensure_stack
-from .loop_thread import OWN_THREAD, Hold, LoopThread
+from .locked_machine import LockedMachine, ThreadWaiter, ensure_stack
+from .loop_thread import OWN_THREAD, Hold, LoopThread, check_not_finalizing
 from .reader import socket_of
 from .runner import Runner, is_bound_to_its_owner
-from .session import FORKED, IDLE, SEVERED, Session
+from .session import FORKED, SEVERED, Session
 from .watch import peer_has_closed
 
 C = TypeVar("C", bound=Connection[Any])
-
-
-def check_not_finalizing(name: str) -> None:
-    """Raise PoolClosed at the interpreter's end, when the loop's thread stands still and nobody may wait for it."""
-    if sys.is_finalizing():
-        raise PoolClosed(f"{name}: the interpreter is shutting down")
 
 
 class WaitUnlessExhausted:
@@ -51,23 +44,6 @@ class WaitUnlessExhausted:
 WAIT_UNLESS_EXHAUSTED = WaitUnlessExhausted()
 
 Timeout = float | Default | WaitUnlessExhausted | None
-
-
-class BlockingLeases(Leases):
-    """Ends a lease in the thread that had it, whatever strikes meanwhile."""
-
-    finish_interrupted: Callable[[Any, int], None]  # the runner's
-    take_back: Callable[[Any, Session, int, float], bool]  # the machine's
-
-    def end_lease(self, connection: Leased, *, after_block: bool = False) -> None:
-        """Take a connection back, in whatever condition it is."""
-        ensure_stack()
-        lease = connection._session.lease
-        try:
-            super().end_lease(connection, after_block=after_block)
-        except BaseException:
-            self.finish_interrupted(connection, lease)
-            raise
 
 
 class BlockingRunner(Runner):
@@ -87,6 +63,7 @@ class BlockingRunner(Runner):
         self.leases.take_back = self.machine.take_back
         hold = LoopThread.hold()
         self._loop_thread = hold.thread
+        self.submissions = Submissions(self)
         driver.guard = threading.RLock()
         self._locks = {self.machine.lock, driver.guard}
         self._loop_thread.locks.update(self._locks)
@@ -98,7 +75,7 @@ class BlockingRunner(Runner):
 
     def _make_machine(self) -> PoolMachine:
         return LockedMachine(
-            self.config, random.random, is_bound_to_its_owner, partial(self._in_loop, self._start_what_was_lost)
+            self.config, random.random, is_bound_to_its_owner, partial(self.in_loop, self._start_what_was_lost)
         )
 
     def perform(self, effects: Effects) -> None:
@@ -107,9 +84,10 @@ class BlockingRunner(Runner):
             if asyncio._get_running_loop() is self.loop:
                 self._perform_kept()
             else:
-                self._in_loop(self._perform_kept)
+                self.in_loop(self._perform_kept)
 
-    def _in_loop(self, work: Callable[[], None]) -> None:
+    def in_loop(self, work: Callable[[], None]) -> None:
+        """Have the event loop do something, if it is still there."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and so is everything
             self.loop.call_soon_threadsafe(work)
 
@@ -141,7 +119,7 @@ class BlockingRunner(Runner):
             Leases.end_lease(self.leases, connection, after_block=True)
         elif is_mine and is_given_back:
             self.perform(self.machine.recycle(slot, monotonic()))
-        self._in_loop(self._start_what_was_lost)
+        self.in_loop(self._start_what_was_lost)
 
     def sever(self) -> None:
         """End the leases that keep the pool from closing."""
@@ -199,7 +177,7 @@ class BlockingRunner(Runner):
             raise PoolError(f"{self.config.name}: {OWN_THREAD}")
         ensure_stack()
         if self.leases.dropped:
-            self._in_loop(self.leases.take_back_dropped)
+            self.in_loop(self.leases.take_back_dropped)
         seconds = timeout if timeout is None or isinstance(timeout, (int, float)) else self.config.acquire_timeout
         deadline = NEVER if seconds is None else began + seconds
         now = began
@@ -259,55 +237,3 @@ class DropInRunner(BlockingRunner):
 
 
 _inherited: list[object] = []  # of the parent process: what hangs on them must never be finalized here
-
-
-class BlockingAcquisition(Generic[C]):
-    """A connection to be, for a `with` block that commits at its end."""
-
-    __slots__ = ("_connection", "_finish_interrupted", "_lease", "_number")
-
-    def __init__(self, lease: Callable[[], C], finish_interrupted: Callable[[C, int], None]) -> None:
-        self._lease = lease
-        self._finish_interrupted = finish_interrupted
-
-    def __enter__(self) -> C:
-        connection: Any = self._lease()
-        self._connection = connection
-        session: Session = connection._session
-        self._number = session.lease
-        session.slot.owner = current.owner  # type: ignore[union-attr]  # it has one while it is leased
-        return connection  # type: ignore[no-any-return]  # a C
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        connection: Any = self._connection
-        try:
-            self._end(connection, connection._session, connection._pool, is_normal=exc_type is None)
-        except psycopg.Error:
-            raise
-        except BaseException:  # no error of the connection's or the pool's
-            self._finish_interrupted(connection, self._number)
-            raise
-
-    def _end(self, connection: Any, session: Session, leases: BlockingLeases, *, is_normal: bool) -> None:
-        if session.lease == self._number:
-            if (
-                not session.touched
-                and session.pgconn.transaction_status == IDLE
-                and leases.take_back(connection, session, self._number, monotonic())
-            ):
-                return
-            ensure_stack()
-            if session.lease == self._number and leases.give_back_clean(connection):
-                return
-        elif session.lease != SEVERED:
-            if is_normal:
-                check_not_undone(leases.name, session, self._number)
-            return  # it was given back inside the block
-        try:
-            if is_normal and has_to_commit(leases.name, connection):
-                connection.commit()
-        finally:
-            if session.lease in (self._number, SEVERED):
-                leases.end_lease(connection, after_block=True)

@@ -314,6 +314,11 @@ class LockedMachine(PoolMachine):
             session.lease = slot.uses
             return connection
 
+    def take(self, now: float) -> Slot | None:
+        """Lease the connection that was idle for the shortest time, to the pool itself."""
+        with self.lock:
+            return super().take(now)
+
     def joined(self, waiter: Waiter, owner: object) -> bool:
         """Whether one more who stands still for a waiter completes a circle."""
         with self.lock:

@@ -7,13 +7,14 @@ import contextlib
 import os
 import select
 import selectors
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from ..errors import PoolError
+from ..errors import PoolClosed, PoolError
 
 T = TypeVar("T")
 
@@ -24,6 +25,12 @@ OWN_THREAD = (
 
 # How long the end of the loop's thread is waited for, in seconds: a callback never takes as long.
 STOP_TIMEOUT = 1.0
+
+
+def check_not_finalizing(name: str) -> None:
+    """Raise PoolClosed at the interpreter's end, when the loop's thread stands still and nobody may wait for it."""
+    if sys.is_finalizing():
+        raise PoolClosed(f"{name}: the interpreter is shutting down")
 
 
 class Hold:

@@ -173,6 +173,8 @@ class Multiplexer:
         """The caller is gone. What was sent is not cancelled: that could hit another's statement."""
         if not statement.is_wanted:
             return
+        if statement.timer is not None:
+            statement.timer.cancel()
         self._lanes.withdraw(statement)
         if not statement.is_sent:
             statement.forget()

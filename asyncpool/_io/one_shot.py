@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable
 from contextlib import asynccontextmanager
 from threading import get_ident
-from types import CodeType
 from typing import TYPE_CHECKING, Any, cast
 
 from psycopg import AsyncCursor
@@ -49,7 +48,8 @@ async def run_one_shot(
     limit = runner.config.acquire_timeout
     statement.future = future = runner.loop.create_future()
     multiplexer.submit(statement, statement.began, limit)
-    timer = runner.loop.call_later(timeout, multiplexer.expire, statement) if timeout is not None else None
+    if timeout is not None and statement.error is None:
+        statement.timer = runner.loop.call_later(timeout, multiplexer.expire, statement)
     try:
         if statement.error is not None:
             await asyncio.sleep(0)  # refused at once: a loop that tries again must not keep the event loop from others
@@ -57,9 +57,6 @@ async def run_one_shot(
     except BaseException:
         multiplexer.withdraw(statement)
         raise
-    finally:
-        if timer is not None:
-            timer.cancel()
     return statement
 
 
@@ -132,15 +129,9 @@ async def _limited(name: str, deadline: float | None) -> AsyncIterator[None]:
         raise StatementTimeout(f"{name}: {words}") from None
 
 
-async def run_many(
-    runner: Runner, query: Query, params_seq: Iterable[Params], timeout: float | None, code: CodeType, offset: int
-) -> int:
+async def run_many(acquisition: Acquisition[Any], query: Query, params_seq: Iterable[Params]) -> int:
     """Run a statement for each set of parameters, in one transaction: how many rows that has changed."""
-    name = runner.config.name
-    pace_of(runner.multiplexer.paces, query, name)
-    deadline = _deadline(runner, timeout)
-    acquisition = Acquisition[Any](runner, _until(runner, deadline), code, offset)
-    async with acquisition as connection, _limited(name, deadline), connection.transaction():
+    async with acquisition as connection, connection.transaction():
         cursor = AsyncCursor(connection)
         await cursor.executemany(query, params_seq)
         return max(0, cursor.rowcount)

@@ -298,7 +298,7 @@ def run_alone(pipe: Pipe, statement: OneShot) -> PQGen[None]:
         pipe.put(statement, monotonic())
         while pipe.is_busy:
             ready = yield _WAIT_RW if pgconn.flush() else _WAIT_R
-            if ready & _READY_R:
+            if ready and ready & _READY_R:  # who takes up another's wait sends None at first
                 pipe.read()
         pipe.leave()
     except BaseException:

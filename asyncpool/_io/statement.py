@@ -20,6 +20,7 @@ from .one_shot_rules import needs_session, remedy
 from .reader import MAX_BUSY_TIME
 
 if TYPE_CHECKING:
+    from psycopg.abc import Transformer as TransformerOf
     from psycopg.pq.abc import PGresult
 
     from .pipe import Pipe
@@ -49,6 +50,7 @@ class OneShot(Statement):
         "query",
         "result",
         "result_format",
+        "timer",
         "was_prepared_again",
     )
 
@@ -66,6 +68,7 @@ class OneShot(Statement):
         self.result: PGresult | None = None
         self.error: Exception | None = None
         self.future: asyncio.Future[None] | None = None  # who waits, unless it is run alone
+        self.timer: asyncio.TimerHandle | None = None  # that of its timeout
         self.name = b""  # by which it is prepared on the server
         self.key: tuple[bytes, tuple[int, ...]] | None = None
         self.is_parsing = False  # whether an answer to its Parse comes first
@@ -81,11 +84,18 @@ class OneShot(Statement):
     def resolve(self, result: PGresult | None) -> None:
         """The server has answered."""
         self.result = result
-        self.wake()
+        self.end()
 
     def fail(self, error: Exception) -> None:
         """There will be no answer."""
         self.error = error
+        self.end()
+
+    def end(self) -> None:
+        """Nothing more is to come."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
         self.wake()
 
     def wake(self) -> None:
@@ -101,6 +111,10 @@ class OneShot(Statement):
         """Refuse what was composed, and could not be read before. Raises psycopg.ProgrammingError."""
         if command := needs_session(query):
             raise ProgrammingError(remedy(self.pool_name, command))
+
+    def transformer(self) -> TransformerOf:
+        """What makes Python's values of the result: its pipe's, which is for the moment only."""
+        return self.pipe.transformer
 
     def answer(self) -> PGresult:
         """The result. Raises the error, of the server or of whatever kind."""
@@ -124,7 +138,7 @@ class OneShot(Statement):
         result = self.answer()
         if not result.ntuples or not result.nfields:
             return None
-        transformer = self.pipe.transformer
+        transformer = self.transformer()
         transformer.set_pgresult(result)
         first_row: Any = transformer.load_row(0, tuple)
         return first_row[0]
@@ -134,7 +148,7 @@ class OneShot(Statement):
         result = self.answer()
         if not result.ntuples:
             return None
-        transformer = self.pipe.transformer
+        transformer = self.transformer()
         transformer.set_pgresult(result)
         return transformer.load_row(0, self._row_maker(result, row_factory))
 
@@ -145,7 +159,7 @@ class OneShot(Statement):
             return []
         if result.ntuples * result.nfields > _VALUES_AT_ONCE:
             return None
-        transformer = self.pipe.transformer
+        transformer = self.transformer()
         transformer.set_pgresult(result)
         return transformer.load_rows(0, result.ntuples, self._row_maker(result, row_factory))
 
