@@ -206,7 +206,6 @@ class LaneMachine:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.lanes: list[Lane] = []
-        self.requested = 0  # lanes that are asked for, and wait for a connection
         self._unsent: deque[Statement] = deque()
         self._unwanted = 0  # of those, how many nobody waits for any more
 
@@ -242,12 +241,12 @@ class LaneMachine:
             self._unwanted -= 1
         return None
 
-    def wants_lane(self) -> bool:
-        """Whether a further lane is to be asked for."""
+    def wants_lane(self, requested: int) -> bool:
+        """Whether a further lane is to be asked for, when so many wait for their connection."""
         if self.waiting <= 0:
             return False
         counted = sum(not (lane.is_leaving or lane.is_stalled) for lane in self.lanes)
-        return counted + self.requested < self.limit
+        return counted + requested < self.limit
 
     def withdraw(self, statement: Statement) -> None:
         """Its caller is gone. Unsent it is never sent; sent, its result is dropped when it comes."""

@@ -15,7 +15,7 @@ from psycopg.abc import PQGen
 from psycopg.waiting import Ready, Wait
 
 from .._core.effects import Refusal
-from .._core.lanes import LOOK_EVERY, MAX_SENDS, Lane, LaneMachine, Paces, Statement
+from .._core.lanes import LANE_STALL, LOOK_EVERY, MAX_SENDS, Lane, LaneMachine, Paces, Statement
 from .._core.policy import NEVER
 from .._core.queue import GroupWaiter
 from .._core.slot import Slot
@@ -83,11 +83,12 @@ class Multiplexer:
 
     def submit(self, statement: OneShot, now: float, timeout: float | None) -> None:
         """Send it, or let it wait. `timeout` is how long it may wait, in seconds; None: for ever."""
+        statement.deadline = NEVER if timeout is None else now + timeout
         lane = self._lanes.lane_for()
         if lane is not None and not (self._runner.machine.waiters and self._must_yield()):
             self._put(cast(OpenLane, lane), statement, now)
         else:
-            self._enqueue(statement, now, timeout)
+            self._enqueue(statement, now)
 
     def _put(self, lane: OpenLane, statement: OneShot, now: float) -> None:
         was_idle = not lane.in_flight
@@ -136,16 +137,15 @@ class Multiplexer:
 
     # --- what is not sent yet -------------------------------------------------------------------------------
 
-    def _enqueue(self, statement: OneShot, now: float, timeout: float | None) -> None:
+    def _enqueue(self, statement: OneShot, now: float) -> None:
         runner = self._runner
         if runner.phase not in (PoolPhase.OPENING, PoolPhase.OPEN):
             statement.fail(runner.refusal(Refusal.CLOSED, now))
             return
         if statement.owner is None:
             statement.owner = asyncio.current_task(self._loop)
-        statement.deadline = NEVER if timeout is None else now + timeout
         self._lanes.enqueue(statement)
-        if self._lanes.wants_lane():
+        if self._lanes.wants_lane(len(self._requests)):
             self._request(now)
             if statement.is_sent or statement.error is not None:
                 return
@@ -196,13 +196,14 @@ class Multiplexer:
         if self._requests and not self._lanes.waiting:
             for waiter in tuple(self._requests):
                 self._requests.discard(waiter)
-                self._lanes.requested -= 1
                 self._runner.perform(self._runner.machine.withdraw(waiter, monotonic()))
 
     def _watch(self, now: float) -> None:
         """Look again when something may be overdue."""
         if self._timer is None:
-            soon = min(LOOK_EVERY, max(0.0, self._lanes.next_deadline() - now))
+            # What is known to be slow needs no close look.
+            is_new = any(not lane.is_stalled for lane in (*self._lanes.lanes, *self._alone) if lane.in_flight)
+            soon = min(LOOK_EVERY if is_new else LANE_STALL, max(0.0, self._lanes.next_deadline() - now))
             self._timer = self._loop.call_later(soon, self._look, context=self._runner.context)
 
     def _look(self) -> None:
@@ -241,7 +242,7 @@ class Multiplexer:
     def _fill_all(self, now: float) -> None:
         for lane in tuple(self._lanes.lanes):
             self._fill(cast(OpenLane, lane), now)
-        while self._lanes.wants_lane():
+        while self._lanes.wants_lane(len(self._requests)):
             if not self._request(now):
                 return
 
@@ -264,7 +265,6 @@ class Multiplexer:
             return True
         waiter = GroupWaiter(NEVER, self._owners)
         self._requests.add(waiter)
-        self._lanes.requested += 1
         runner.perform(runner.machine.enqueue(waiter, now))
         return False
 
@@ -280,7 +280,6 @@ class Multiplexer:
         if waiter not in self._requests:
             return  # withdrawn meanwhile
         self._requests.discard(waiter)
-        self._lanes.requested -= 1
         slot = waiter.slot
         now = monotonic()
         if slot is None or slot.state is not LEASED:
@@ -294,9 +293,7 @@ class Multiplexer:
 
     def refused(self, waiter: GroupWaiter, refusal: Refusal) -> None:
         """The pool has no connection for us."""
-        if waiter in self._requests:
-            self._requests.discard(waiter)
-            self._lanes.requested -= 1
+        self._requests.discard(waiter)
         now = monotonic()
         statements = cast("list[OneShot]", self._lanes.take_unsent())
         if refusal is Refusal.DEADLOCK:

@@ -46,8 +46,9 @@ _READ_ONLY = b"25006"
 # What the protocol can count of a statement's parameters.
 MAX_PARAMETERS = 65535
 
-# Of how many texts the conversion is kept for a lane.
+# Of how many texts, of how many characters at most, the conversion is kept for a lane. The length is psycopg's.
 _MAX_QUERIES = 500
+_MAX_LENGTH = 4096
 
 # How often get_result() may have nothing to say when it was not busy.
 _MAX_NULLS = 3
@@ -118,7 +119,7 @@ class Pipe:
     def _convert(self, statement: OneShot) -> PostgresQuery:
         text, params = statement.query, statement.params
         converted = None
-        if isinstance(text, (str, bytes)):
+        if isinstance(text, (str, bytes)) and len(text) <= _MAX_LENGTH:
             key = text, params is None
             converted = self._queries.get(key)
             if converted is not None:
@@ -132,7 +133,8 @@ class Pipe:
         else:
             converted = self._query_class(self.transformer)
             converted.convert(text, params)
-            statement.check_converted(converted.query)
+            if not isinstance(text, (str, bytes)):
+                statement.check_converted(converted.query)
         values = converted.params
         if values:
             if len(values) > MAX_PARAMETERS:
@@ -163,6 +165,7 @@ class Pipe:
         statement.key = query.query, query.types
         if prepared.maybe_add_to_cache(query, prepare, name) is not None or statement.is_parsing:
             prepared._rotate()
+        query.params = None  # it is kept for the next one
         self._sync()
 
     def _deallocate(self, now: float) -> None:

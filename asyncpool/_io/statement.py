@@ -34,6 +34,10 @@ _FINE = frozenset(map(int, (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK, p
 _VALUES_AT_ONCE = 2000
 
 
+# Of a longer text only a hash is kept.
+_MAX_KEY = 1000
+
+
 class OneShot(Statement):
     """A statement of a caller who waits for its result or its error."""
 
@@ -192,10 +196,11 @@ def pace_of(paces: Paces, query: Any, pool_name: str) -> Pace:
     own, and TypeError for what is no query.
     """
     text: Hashable = query if isinstance(query, (str, bytes)) else _text_of(query)
-    pace = paces.find(text)
+    key = (hash(text), len(text)) if isinstance(text, (str, bytes)) and len(text) > _MAX_KEY else text
+    pace = paces.find(key)
     if pace is None:
         pace = Pace(needs_session(_as_bytes(text)))
-        paces.add(text, pace)
+        paces.add(key, pace)
     if pace.needs is not None:
         raise ProgrammingError(remedy(pool_name, pace.needs))
     return pace
