@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Many devices send payloads, and each payload becomes a row: with a connection per payload, through the
-pool, and through the pool while the server ends all its sessions half-way. Then the figures side by side, and
-whether the table has exactly what was acknowledged; the exit status is 1 if not.
+pool, by its one-shot statements, and through the pool while the server ends all its sessions half-way. Then
+the figures side by side, and whether the table has exactly what was acknowledged; the exit status is 1 if not.
 """
 
 FAILED = 1

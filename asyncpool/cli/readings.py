@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from asyncpool import Pool
     from asyncpool.cli.workload import Payload
 
 SESSIONS_END_DEADLINE = 15.0
@@ -33,9 +34,8 @@ class Readings:
         self._conninfo = conninfo
         self._token = secrets.token_hex(4)
         self._schema = sql.Identifier(f"asyncpool_demo_{self._token}")
-        self._insert = sql.SQL(
-            "insert into {}.readings (round, device, number, body) values (%s, %s, %s, %s) on conflict do nothing"
-        ).format(self._schema)
+        insert = "insert into {}.readings (round, device, number, body) values (%s, %s, %s, %s) on conflict do nothing"
+        self._insert = sql.SQL(insert).format(self._schema).as_bytes()
 
     def __enter__(self) -> Self:
         self._conn = self._connect()
@@ -83,10 +83,12 @@ class Readings:
         """The name under which the server knows the sessions of that round."""
         return f"asyncpool demo {self._token} round {round_number}"
 
-    async def insert(self, conn: psycopg.AsyncConnection[Any], round_number: int, payload: Payload) -> None:
-        """Store a payload on that connection, unless it is there already."""
+    async def insert(
+        self, executor: psycopg.AsyncConnection[Any] | Pool[Any], round_number: int, payload: Payload
+    ) -> None:
+        """Store a payload on that connection, or by a one-shot statement of that pool, unless it is there already."""
         values = (round_number, payload.device, payload.number, payload.body())
-        await conn.execute(self._insert, values)
+        await executor.execute(self._insert, values)
 
     def rows(self, round_number: int) -> int:
         """How many rows that round left."""

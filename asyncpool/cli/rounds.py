@@ -1,4 +1,4 @@
-"""The three rounds of the demo: a connection per payload, the pool, the pool losing all its sessions."""
+"""The rounds of the demo: a connection per payload, the pool, its one-shots, the pool losing all its sessions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -143,20 +144,31 @@ class Pooled(Round):
             max_size=self.target.max_size,
             application_name=self.application_name,
         )
-
-        async def store(payload: Payload) -> None:
-            async with pool.acquire() as conn:
-                await self.target.readings.insert(conn, self.number, payload)
-
         async with pool:
-            yield store
+            yield partial(self.store_in, pool)
         self.connected = pool.stats().connects
+
+    async def store_in(self, pool: Pool, payload: Payload) -> None:
+        """Store a payload through the pool."""
+        async with pool.acquire() as conn:
+            await self.target.readings.insert(conn, self.number, payload)
+
+
+class OneShots(Pooled):
+    """Every payload is a one-shot statement."""
+
+    number = 3
+    title = "the pool's one-shots"
+
+    async def store_in(self, pool: Pool, payload: Payload) -> None:
+        """Store a payload through the pool."""
+        await self.target.readings.insert(pool, self.number, payload)
 
 
 class PooledAndTerminated(Pooled):
-    """The same; half-way the server ends every session of the pool."""
+    """The pool again; half-way the server ends every session of it."""
 
-    number = 3
+    number = 4
     title = "the pool, its sessions ended half-way"
 
     @asynccontextmanager
@@ -176,4 +188,5 @@ class PooledAndTerminated(Pooled):
 
 async def run_rounds(target: Target, workload: Workload, display: Display) -> list[RoundResult]:
     """One round after the other, so that none disturbs another's figures."""
-    return [await kind(target, workload).run(display) for kind in (ConnectionPerPayload, Pooled, PooledAndTerminated)]
+    kinds = (ConnectionPerPayload, Pooled, OneShots, PooledAndTerminated)
+    return [await kind(target, workload).run(display) for kind in kinds]

@@ -64,14 +64,14 @@ def server_processes(directory: Path) -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if str(directory) in line]
 
 
-def test_json_tells_three_rounds_in_which_every_acknowledged_payload_became_a_row(server: Server) -> None:
+def test_json_tells_four_rounds_in_which_every_acknowledged_payload_became_a_row(server: Server) -> None:
     with demo("--json", *SMALL, "--url", server.dsn) as process:
         output, errors = process.communicate()
     assert process.returncode == 0, errors
     outcome = json.loads(output)
     assert outcome["ok"] is True
     assert [outcome["devices"], outcome["payloads"]] == [20, 200]
-    one_each, pooled, terminated = outcome["rounds"]
+    one_each, pooled, one_shots, terminated = outcome["rounds"]
     for each in outcome["rounds"]:
         assert each["rows"] == each["acknowledged"] == 200
         assert each["payloads_per_second"] > 0
@@ -80,6 +80,7 @@ def test_json_tells_three_rounds_in_which_every_acknowledged_payload_became_a_ro
     # Others may open sessions in this database meanwhile, but none of ours goes uncounted.
     assert one_each["sessions_opened"] >= 200
     assert 1 <= pooled["sessions_opened"] < 200
+    assert 1 <= one_shots["sessions_opened"] < 200
     assert terminated["sessions_terminated"] >= 1
     assert terminated["sessions_opened"] > terminated["sessions_terminated"]
 
@@ -110,7 +111,7 @@ def test_what_is_not_a_terminal_gets_plain_lines_and_a_table() -> None:
     assert "\x1b" not in output
     assert "\r" not in output
     assert re.search(r"^round +payloads/s +p50 ms +p99 ms +sessions opened", output, re.MULTILINE)
-    assert output.count("200 of 200 payloads acknowledged, 200 rows in the table") == 3
+    assert output.count("200 of 200 payloads acknowledged, 200 rows in the table") == 4
 
 
 @needs_embedded_server
