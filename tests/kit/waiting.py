@@ -14,12 +14,16 @@ T = TypeVar("T")
 
 POLL_INTERVAL = 0.005
 
+# Enough for a machine that has much else to do; less than the pool's own `check_interval`, which would hide that
+# something is noticed by a ping only.
+PATIENCE = 20.0
+
 
 @overload
-async def eventually(condition: Callable[[], Awaitable[T]], *, timeout: float = 5.0) -> T: ...
+async def eventually(condition: Callable[[], Awaitable[T]], *, timeout: float = PATIENCE) -> T: ...
 @overload
-async def eventually(condition: Callable[[], T], *, timeout: float = 5.0) -> T: ...
-async def eventually(condition: Callable[[], object], *, timeout: float = 5.0) -> object:
+async def eventually(condition: Callable[[], T], *, timeout: float = PATIENCE) -> T: ...
+async def eventually(condition: Callable[[], object], *, timeout: float = PATIENCE) -> object:
     """Await until `condition()`, sync or async, is truthy, and return what it gave.
 
     Past `timeout` seconds it fails with the last value. An AssertionError of the condition means "not yet".
@@ -38,7 +42,7 @@ async def eventually(condition: Callable[[], object], *, timeout: float = 5.0) -
         await asyncio.sleep(POLL_INTERVAL)
 
 
-def eventually_blocking(condition: Callable[[], T], *, timeout: float = 5.0) -> T:
+def eventually_blocking(condition: Callable[[], T], *, timeout: float = PATIENCE) -> T:
     """The same for a test without an event loop."""
     deadline = time.monotonic() + timeout
     while not (outcome := condition()):
