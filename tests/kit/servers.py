@@ -115,6 +115,16 @@ class Admin:
         )
         return [state for (state,) in found]
 
+    def asleep(self, application_name: str) -> int:
+        """How many of these sessions are in `pg_sleep`. One that is `active` may be in a BEGIN before that: what ends a
+        statement then is not the end of the one that is meant.
+        """
+        found = self.value(
+            "select count(*) from pg_stat_activity where application_name = %s and wait_event = 'PgSleep'",
+            [application_name],
+        )
+        return int(found)
+
     def client_sessions(self) -> int:
         """All client sessions of this database but this one, also those that have not said their name yet."""
         return int(

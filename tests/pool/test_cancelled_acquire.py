@@ -145,7 +145,7 @@ async def test_a_caller_cancelled_in_a_statement_of_setup_gives_the_connection_b
 
     async with Pool(dsn, max_size=1, setup=setup, check_timeout=60, cancel_timeout=25) as pool:
         task = asyncio.create_task(take(pool))
-        await eventually(lambda: admin.states(application_name) == ["active"])
+        await eventually(lambda: admin.asleep(application_name) == 1)
         await cancel(task)
         slow = False
         await assert_nothing_lost(pool)

@@ -111,7 +111,7 @@ async def test_what_the_pool_takes_over_it_takes_over_from_any_class(
                 await conn.values("select pg_sleep(600)")
 
         task = asyncio.create_task(sleep())
-        await eventually(lambda: admin.states(application_name) == ["active"])
+        await eventually(lambda: admin.asleep(application_name) == 1)
         task.cancel()
         await asyncio.wait([task])
         async with pool.acquire() as conn:
