@@ -22,7 +22,7 @@ from .threads import Running, in_thread
 from .waiting import eventually_blocking
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from asyncpool.cli.embedded import StopMode
 
@@ -171,7 +171,11 @@ class MortalServer:
     def terminate(self, *pids: int) -> None:
         """`pg_terminate_backend` of all of them at once; returns when the last has ended."""
         self.admin.execute("select pg_terminate_backend(pid) from unnest(%s::int[]) as pid", [list(pids)])
-        eventually_blocking(lambda: not any(map(_runs, pids)), timeout=PATIENCE)
+        eventually_blocking(lambda: self.have_ended(pids), timeout=PATIENCE)
+
+    def have_ended(self, pids: Iterable[int]) -> bool:
+        """Whether these processes of its are gone, and their sockets with them: it stops to count a session before."""
+        return not any(map(_runs, pids))
 
     def processes(self) -> list[int]:
         """All its processes, the postmaster first."""
