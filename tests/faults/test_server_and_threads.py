@@ -83,7 +83,7 @@ def test_a_killed_backend_takes_all_sessions_with_it_and_all_come_back(
         with under_blocking_load(pool, THREADS) as load:
             eventually_blocking(lambda: len(load.requests) > 10 * THREADS)
             mortal.kill_backend(mortal.admin.pids(application_name)[0])
-            eventually_blocking(lambda: len(load.errors) > 0)
+            eventually_blocking(lambda: sum(pool.stats().closes.values()) >= SIZE)
             opened = mortal.start()  # when it lets somebody in
             eventually_blocking(lambda: len(load.successes_since(opened)) > 10 * THREADS)
         assert_no_more_failed_than_were_in_use(load, SIZE, opened)
@@ -107,6 +107,7 @@ def test_a_server_that_is_starting_up_is_waited_for(mortal: MortalServer, applic
         mortal.stop("immediate")
         mortal.start_in_recovery()
         waiting = in_thread(lambda: request(pool))
+        eventually_blocking(lambda: "the database system is starting up" in repr(pool))
         with pytest.raises(PoolTimeout, match="the database system is starting up") as caught:
             pool.getconn(timeout=0.5)
         assert isinstance(caught.value.__cause__, e.CannotConnectNow)

@@ -76,7 +76,7 @@ async def test_a_killed_backend_takes_all_sessions_with_it_and_all_come_back(
             await eventually(lambda: len(load.requests) > 10 * TASKS)
             before = mortal.admin.pids(application_name)
             mortal.kill_backend(before[0])
-            await eventually(lambda: sum(pool.stats().closes.values()) >= SIZE, timeout=20)
+            await eventually(lambda: sum(pool.stats().closes.values()) >= SIZE)
             opened = await asyncio.to_thread(mortal.start)  # when it lets somebody in
             await eventually(lambda: len(load.successes_since(opened)) > 10 * TASKS)
         assert_no_more_failed_than_were_in_use(load, SIZE, opened)
@@ -88,7 +88,8 @@ async def test_a_killed_backend_that_was_idle_is_nobodys_error(mortal: MortalSer
     async with pool_of(mortal.dsn(application_name)) as pool:
         before = set(mortal.admin.pids(application_name))
         mortal.kill_backend(min(before))
-        await eventually(lambda: pool.stats().idle < SIZE)
+        # All of them: the postmaster ends the others when it hears of that one, and perhaps in the midst of a request.
+        await eventually(lambda: mortal.have_ended(before))
         async with asyncio.TaskGroup() as group:
             found = [group.create_task(self_of(pool)) for _ in range(TASKS)]
         assert not before & {task.result() for task in found}
@@ -135,7 +136,7 @@ async def test_however_many_went_stale_the_pool_is_soon_back_at_min_size(
         async with pool.acquire() as conn:
             assert await backend_pid(conn) not in before
         assert time.monotonic() - opened < FIRST_SUCCESS
-        await eventually(lambda: pool.stats().idle == 50, timeout=20)
+        await eventually(lambda: pool.stats().idle == 50)
         assert time.monotonic() - opened < BACK_AT_MIN_SIZE
         await assert_whole(pool, mortal, application_name)
 
@@ -179,6 +180,7 @@ async def test_who_cannot_wait_for_the_end_of_an_outage_is_told_what_is_wrong(
 ) -> None:
     async with pool_of(mortal.dsn(application_name)) as pool:
         await asyncio.to_thread(mortal.stop)
+        await eventually(lambda: pool.stats().connect_errors > 0)
         began = time.monotonic()
         with pytest.raises(PoolTimeout, match=r"Connection refused") as caught:
             await pool.acquire(timeout=0.3)
@@ -196,10 +198,11 @@ async def test_a_server_that_is_starting_up_is_waited_for(mortal: MortalServer, 
         await asyncio.to_thread(mortal.stop, "immediate")
         await asyncio.to_thread(mortal.start_in_recovery)
         waiting = asyncio.create_task(self_of(pool))
+        before = pool.stats().connect_errors
+        await eventually(lambda: pool.stats().connect_errors > before + 2)
         with pytest.raises(PoolTimeout, match="the database system is starting up") as caught:
             await pool.acquire(timeout=0.5)
         assert isinstance(caught.value.__cause__, psycopg.errors.CannotConnectNow)
-        assert pool.stats().connect_errors > 2
         opened = await asyncio.to_thread(mortal.end_recovery)
         await waiting
         assert time.monotonic() - opened < FIRST_SUCCESS
