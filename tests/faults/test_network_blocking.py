@@ -16,7 +16,7 @@ from kit.waiting import eventually_blocking
 
 from asyncpool import CloseReason, PoolError, PoolTimeout, SyncPool
 
-from .deadlines import ACQUIRE_TIMEOUT, altered, check_overrun, ends_within, short_deadlines
+from .deadlines import ACQUIRE_TIMEOUT, altered, check_overrun, ends_within, patient_deadlines, short_deadlines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,7 @@ Connection = psycopg.Connection[Any]
 
 CHECK_TIMEOUT = 0.25
 SECONDS = short_deadlines(CHECK_TIMEOUT)
-PATIENT: dict[str, Any] = {**SECONDS, "acquire_timeout": 20.0}
+PATIENT = patient_deadlines(CHECK_TIMEOUT)
 
 
 def assert_serves(pool: SyncPool[Connection]) -> None:
@@ -104,7 +104,7 @@ def test_close_frees_threads_that_are_inside_on_stalled_sockets(
     proxy: Proxy, proxied_dsn: str, admin: Admin, application_name: str, timeout: float, deaf: Towards | None
 ) -> None:
     count = len(ACTIVITIES)
-    pool = SyncPool(proxied_dsn, min_size=0, max_size=count, **SECONDS)
+    pool = SyncPool(proxied_dsn, min_size=0, max_size=count, **PATIENT)
     pool.open()
     back: dict[str, float] = {}
 
@@ -241,10 +241,13 @@ def test_what_breaks_while_a_thread_waits_is_told_to_it_and_replaced(proxy: Prox
     with SyncPool(proxied_dsn, min_size=0, max_size=1, **PATIENT) as pool:
         conn = pool.getconn()
         conn.execute("select 1")
-        running = in_thread(lambda: conn.execute("select pg_sleep(0.05), repeat('x', 100)"))
-        eventually_blocking(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
+        [link] = proxy.links
+        link.apply(STALLED, Towards.CLIENT)  # the answer is held back until something breaks
+        heard = link.received(Towards.CLIENT)
+        running = in_thread(lambda: conn.execute("select repeat('x', 100)"))
+        eventually_blocking(lambda: link.received(Towards.CLIENT) > heard)
         BREAKS[how](proxy)
-        with ends_within(0.05, f"thread told of {how}"):
+        with ends_within(0, f"thread told of {how}"):
             assert isinstance(running.error(), psycopg.DatabaseError)
         pool.putconn(conn)
         proxy.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import re
 import socket
@@ -22,7 +21,7 @@ from psycopg.conninfo import make_conninfo
 
 from asyncpool import CloseReason, Pool, PoolClosed, PoolTimeout
 
-from .deadlines import ACQUIRE_TIMEOUT, CONNECT_TIMEOUT, altered, ends_within, short_deadlines
+from .deadlines import ACQUIRE_TIMEOUT, CONNECT_TIMEOUT, altered, ends_within, patient_deadlines, short_deadlines
 
 if TYPE_CHECKING:
     from kit.servers import Admin
@@ -33,6 +32,7 @@ Connection = psycopg.AsyncConnection[Any]
 
 CHECK_TIMEOUT = 0.2
 SECONDS = short_deadlines(CHECK_TIMEOUT)
+PATIENT = patient_deadlines(CHECK_TIMEOUT)
 
 
 @dataclass(frozen=True)
@@ -157,19 +157,16 @@ async def test_open_with_a_single_round_gives_the_error_itself(proxy: Proxy, pro
 
 async def test_each_attempt_has_the_whole_connect_timeout(proxy: Proxy, proxied_dsn: str) -> None:
     proxy.receive(Arrival.IGNORE)
-    arrivals: list[float] = []
     options: dict[str, Any] = {**SECONDS, "connect_timeout": 0.3, "check_timeout": 0.1}
     async with Pool(proxied_dsn, min_size=0, max_size=1, **options) as pool:
+        began = time.monotonic()
         waiting = asyncio.ensure_future(pool.acquire(timeout=20))
-        for number in range(1, 4):
-            await eventually(lambda number=number: proxy.arrivals >= number)  # type: ignore[misc]
-            arrivals.append(time.monotonic())
+        await eventually(lambda: proxy.arrivals >= 3)
+        assert time.monotonic() - began > 0.59
         proxy.clear()
         with ends_within(0.3 + 0.1, "connect_timeout, the third attempt"):
             conn = await waiting
         await pool.release(conn)
-    for former, latter in itertools.pairwise(arrivals):
-        assert latter - former > 0.29
 
 
 async def test_a_host_that_says_nothing_costs_its_own_connect_timeout(
@@ -211,8 +208,7 @@ async def test_a_stalled_idle_connection_is_replaced_when_it_does_not_answer(
     proxy: Proxy, proxied_dsn: str, max_size: int, deaf: Towards | None
 ) -> None:
     """After `check_timeout` for the ping; with one place, after another for the server to end the session."""
-    options: dict[str, Any] = {**SECONDS, "acquire_timeout": 20, "check_interval": 0}
-    async with Pool(proxied_dsn, min_size=1, max_size=max_size, **options) as pool:
+    async with Pool(proxied_dsn, min_size=1, max_size=max_size, **altered(PATIENT, check_interval=0)) as pool:
         proxy.links[0].apply(STALLED, deaf)
         with ends_within(CHECK_TIMEOUT * (2 if max_size == 1 else 1), f"check_timeout, max_size={max_size}"):
             await assert_serves(pool)
@@ -220,7 +216,7 @@ async def test_a_stalled_idle_connection_is_replaced_when_it_does_not_answer(
 
 
 async def test_check_ends_in_time_with_all_stalled(proxy: Proxy, proxied_dsn: str) -> None:
-    async with Pool(proxied_dsn, min_size=4, max_size=4, **SECONDS) as pool:
+    async with Pool(proxied_dsn, min_size=4, max_size=4, **PATIENT) as pool:
         proxy.apply(STALLED)
         with ends_within(CHECK_TIMEOUT, "check_timeout, check() of four"):
             await pool.check()
@@ -234,8 +230,7 @@ async def test_a_connection_that_comes_back_over_a_stalled_socket_frees_its_plac
     proxy: Proxy, proxied_dsn: str, reset: Any
 ) -> None:
     """`check_timeout` for the clean-up, and another for the server to end the session."""
-    options: dict[str, Any] = {**SECONDS, "acquire_timeout": 20}
-    async with Pool(proxied_dsn, min_size=0, max_size=1, reset=reset, **options) as pool:
+    async with Pool(proxied_dsn, min_size=0, max_size=1, reset=reset, **PATIENT) as pool:
         conn = await pool.acquire()
         await conn.execute("select 1")
         proxy.links[0].apply(STALLED)
@@ -265,7 +260,7 @@ async def test_a_callable_that_hangs_on_a_stalled_socket_has_no_more_than_check_
     proxy: Proxy, proxied_dsn: str, option: str, max_size: int
 ) -> None:
     """With one place, its session has another for its end on the server."""
-    options = altered(SECONDS, acquire_timeout=20, cancel_timeout=1.5, **CALLABLES[option])
+    options = altered(PATIENT, cancel_timeout=1.5, **CALLABLES[option])
     async with Pool(proxied_dsn, min_size=1, max_size=max_size, **options) as pool:
         if option == "reset":
             conn = await pool.acquire()
@@ -285,7 +280,7 @@ async def test_configure_on_a_stalled_socket_has_no_more_than_check_timeout(prox
         proxy.links[0].apply(STALLED)
         await ask(conn)
 
-    options = altered(SECONDS, acquire_timeout=20, cancel_timeout=1.5)
+    options = altered(PATIENT, cancel_timeout=1.5)
     async with Pool(proxied_dsn, min_size=0, max_size=1, configure=configure, **options) as pool:
         with ends_within(2 * CHECK_TIMEOUT, "check_timeout, configure="):  # and as long to be let go by the server
             await assert_serves(pool)
@@ -297,7 +292,7 @@ async def test_setup_on_a_stalled_socket_has_no_more_than_check_timeout(proxy: P
         proxy.links[0].apply(STALLED)
         await ask(conn)
 
-    options = altered(SECONDS, acquire_timeout=20, cancel_timeout=1.5)
+    options = altered(PATIENT, cancel_timeout=1.5)
     async with Pool(proxied_dsn, min_size=1, max_size=1, setup=setup, **options) as pool:
         late = pytest.raises(psycopg.OperationalError, match="setup did not end in time")
         with late, ends_within(CHECK_TIMEOUT, "check_timeout, setup="):
@@ -306,7 +301,7 @@ async def test_setup_on_a_stalled_socket_has_no_more_than_check_timeout(proxy: P
 
 
 async def test_close_waits_for_no_callable_that_hangs_on_a_stalled_socket(proxy: Proxy, proxied_dsn: str) -> None:
-    options = altered(SECONDS, check_timeout=1, cancel_timeout=10)
+    options = altered(PATIENT, check_timeout=1, cancel_timeout=10)
     async with Pool(proxied_dsn, min_size=2, max_size=2, check=ask, **options) as pool:
         proxy.apply(STALLED)
         before = sum(link.received(Towards.SERVER) for link in proxy.links)
@@ -327,7 +322,7 @@ FORGOTTEN: dict[str, Callable[[Connection], Any]] = {
 @pytest.mark.parametrize("what", FORGOTTEN)
 async def test_others_are_served_while_one_hangs_on_a_stalled_socket(proxy: Proxy, proxied_dsn: str, what: str) -> None:
     """Nothing limits a statement but a cancellation; but nobody else waits for it."""
-    async with Pool(proxied_dsn, min_size=0, max_size=2, **SECONDS) as pool:
+    async with Pool(proxied_dsn, min_size=0, max_size=2, **PATIENT) as pool:
         conn = await pool.acquire()
         await conn.execute("select 1")
         proxy.links[0].apply(STALLED)
@@ -351,7 +346,9 @@ async def test_close_ends_in_time_with_every_socket_stalled(
     proxy: Proxy, proxied_dsn: str, timeout: float, arrival: Arrival
 ) -> None:
     """Some leased and not used, one in a transaction, one in a statement, one being reset, one connecting."""
-    async with Pool(proxied_dsn, min_size=0, max_size=6, **altered(SECONDS, connect_timeout=10)) as pool:
+    check_timeout = 1.0  # long enough for the reset to go on when the rest has begun
+    options = altered(PATIENT, connect_timeout=10, check_timeout=check_timeout)
+    async with Pool(proxied_dsn, min_size=0, max_size=6, **options) as pool:
         conns = [await pool.acquire() for _ in range(5)]
         await conns[0].execute("select 1")
         await conns[1].execute("select 1")
@@ -363,7 +360,7 @@ async def test_close_ends_in_time_with_every_socket_stalled(
         callers = [asyncio.ensure_future(acquire(pool)) for _ in range(3)]
         await eventually(lambda: pool.stats().connecting == 1)
         assert (pool.stats().leased, pool.stats().recycling) == (4, 1)
-        with ends_within(timeout + CHECK_TIMEOUT, f"close(timeout={timeout}), {arrival.name}"):
+        with ends_within(timeout + check_timeout, f"close(timeout={timeout}), {arrival.name}"):
             await pool.close(timeout=timeout)
         assert (pool.stats().size, pools_tasks()) == (0, [])
         with pytest.raises(psycopg.OperationalError):
@@ -375,7 +372,7 @@ async def test_close_ends_in_time_with_every_socket_stalled(
 async def test_the_server_ends_what_close_left_when_the_network_is_back(
     proxy: Proxy, proxied_dsn: str, admin: Admin, application_name: str
 ) -> None:
-    async with Pool(proxied_dsn, min_size=3, max_size=3, **SECONDS) as pool:
+    async with Pool(proxied_dsn, min_size=3, max_size=3, **PATIENT) as pool:
         proxy.apply(STALLED)
         with ends_within(CHECK_TIMEOUT, "close, three idle and stalled"):
             await pool.close()
@@ -442,13 +439,11 @@ async def test_what_breaks_in_the_midst_of_a_statement_is_told_clearly_and_repla
     proxy: Proxy, proxied_dsn: str, how: str, exchange: Callable[[Connection], Any]
 ) -> None:
     break_it, words = BREAKS[how]
-    async with Pool(
-        proxied_dsn, min_size=0, max_size=1, autocommit=True, **altered(SECONDS, acquire_timeout=20)
-    ) as pool:
+    async with Pool(proxied_dsn, min_size=0, max_size=1, autocommit=True, **PATIENT) as pool:
         with pytest.raises(psycopg.Error) as raised, ends_within(0, f"error of what is {how}"):
             async with pool.acquire() as conn:
                 break_it(proxy)
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(20):
                     await exchange(conn)
         if exchange is copy_out and "garbage" in how:
             words += (
