@@ -108,6 +108,7 @@ async def test_writes_go_on_soon_after_the_promotion(pair: tuple[EmbeddedServer,
     async with Pool(both(*servers), min_size=3, max_size=5, acquire_timeout=SOON) as pool:
         assert {await write(pool) for _ in range(5)} == {primary.port}
         await asyncio.to_thread(primary.stop, "fast")
+        await eventually(lambda: pool.stats().connect_errors > 0)
         with pytest.raises(PoolTimeout, match=r"Connection refused|is read-only|starting up"):
             await pool.acquire(timeout=0.5)
         await asyncio.to_thread(promote, standby)
@@ -152,6 +153,13 @@ async def lease_some(pool: AnyPool, count: int) -> None:
         await pool.release(conn)
 
 
+async def assert_nobody_is_let_write(pool: AnyPool) -> None:
+    """The pool connects in vain, and has no connection left that it gives to anybody."""
+    await eventually(lambda: pool.stats().connect_errors > 0)
+    with pytest.raises(PoolTimeout, match="session is read-only"):
+        await pool.acquire(timeout=0.5)
+
+
 @pytest.mark.parametrize("attrs", ["read-write", "any"])
 async def test_a_server_that_becomes_read_only_serves_only_pools_that_did_not_ask_for_writes(
     lasting_pair: tuple[EmbeddedServer, EmbeddedServer], attrs: str
@@ -167,9 +175,8 @@ async def test_a_server_that_becomes_read_only_serves_only_pools_that_did_not_as
                 await lease_some(pool, 3)
                 assert not pool.stats().closes
                 return
-            with pytest.raises(PoolTimeout, match="session is read-only"):
-                await pool.acquire(timeout=0.5)
-            assert pool.stats().closes[CloseReason.READ_ONLY] == 3
+            await assert_nobody_is_let_write(pool)
+            await eventually(lambda: pool.stats().closes[CloseReason.READ_ONLY] == 3)
             assert pool.stats().size <= 1
         finally:
             set_read_only(primary, "off")
@@ -208,9 +215,8 @@ async def test_a_refused_write_has_the_others_asked_and_its_own_connection_too(
                 await conn.execute("create table never (n int)")
             await pool.release(conn)
             await eventually(lambda: CloseReason.READ_ONLY in pool.stats().closes)  # a round trip later
-            with pytest.raises(PoolTimeout, match="session is read-only"):
-                await pool.acquire(timeout=0.5)
-            assert pool.stats().closes[CloseReason.READ_ONLY] == 3
+            await assert_nobody_is_let_write(pool)
+            await eventually(lambda: pool.stats().closes[CloseReason.READ_ONLY] == 3)
         finally:
             set_read_only(primary, "off")
 
@@ -228,9 +234,10 @@ def test_a_thread_whose_write_is_refused_is_the_last_one(
             with pytest.raises(psycopg.errors.ReadOnlySqlTransaction), pool.acquire() as conn:
                 conn.execute("create temp table written (n int)")
             eventually_blocking(lambda: CloseReason.READ_ONLY in pool.stats().closes)  # a round trip later
+            eventually_blocking(lambda: pool.stats().connect_errors > 0)
             with pytest.raises(PoolTimeout, match="session is read-only"):
                 pool.getconn(timeout=0.5)
-            assert pool.stats().closes[CloseReason.READ_ONLY] == 2
+            eventually_blocking(lambda: pool.stats().closes[CloseReason.READ_ONLY] == 2)
         finally:
             set_read_only(primary, "off")
 

@@ -125,11 +125,14 @@ async def test_attempts_follow_the_backoff_and_not_the_requests(full: Full, appl
 async def test_who_can_be_served_by_nobody_is_told_why_in_time(full: Full, application_name: str) -> None:
     pool = Pool(full.dsn(application_name), min_size=PLACES + 1, max_size=PLACES + 1)
     with pytest.raises(PoolTimeout, match=full.words) as caught:
-        await pool.open(timeout=0.5)
+        await pool.open(timeout=1)
     assert isinstance(caught.value.__cause__, e.TooManyConnections)
     async with Pool(full.dsn(application_name), max_size=PLACES + 1) as pool, AsyncExitStack() as leases:
         for _ in range(PLACES):
             await leases.enter_async_context(pool.acquire())
+        with pytest.raises(PoolTimeout):
+            await pool.acquire(timeout=0)
+        await eventually(lambda: pool.stats().connect_errors > 0)
         began = time.monotonic()
         with pytest.raises(PoolTimeout, match=full.words) as caught:
             await pool.acquire(timeout=0.5)
