@@ -217,7 +217,7 @@ def test_open_ends_in_time(proxy: Proxy, proxied_dsn: str, fault: str) -> None:
     deadline = ACQUIRE_TIMEOUT + CHECK_TIMEOUT
     with pytest.raises(PoolTimeout, match=words), ends_within(deadline, f"open of a SyncPool, {fault}"):
         pool.open()
-    assert pool.stats().size == 0
+    eventually_blocking(lambda: pool.stats().size == 0)
 
 
 @pytest.mark.parametrize("max_size", [1, 2])
