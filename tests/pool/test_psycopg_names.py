@@ -13,10 +13,9 @@ import asyncpool
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Every private name of psycopg that the package mentions. A new one wants a test in
-# test_psycopg_contract.py or test_psycopg_client_state.py; those that may ask the server nothing are in
-# tests/sync/test_health.py; what `_io/libpq.py` does
-# with `_pq_ctypes` is tested in tests/test_libpq.py.
+# Every private name of psycopg that the package mentions. A new one wants a test in test_psycopg_contract.py,
+# test_psycopg_client_state.py or test_psycopg_queries.py; those that may ask the server nothing are in
+# tests/sync/test_health.py; what `_io/libpq.py` does with `_pq_ctypes` is tested in tests/test_libpq.py.
 TESTED = {
     "_WaitTimeout",
     "_adapters",
@@ -33,6 +32,7 @@ TESTED = {
     "_exit_gen",
     "_isolation_level",
     "_loaders",
+    "_names",
     "_notice_handler",
     "_notice_handlers",
     "_notifies_backlog",
@@ -46,13 +46,17 @@ TESTED = {
     "_prepared",
     "_prepared_idx",
     "_preparing",
+    "_queries",
+    "_query_cls",
     "_read_only",
     "_registry",
     "_rollback_gen",
+    "_rotate",
     "_set_autocommit_gen",
     "_set_deferrable_gen",
     "_set_isolation_level_gen",
     "_set_read_only_gen",
+    "_to_flush",
     "_tpc",
     "_try_cancel",
 }
@@ -73,7 +77,15 @@ def private_names_of_psycopg() -> set[str]:
                 names.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 names.add(node.attr)
+            if isinstance(node, ast.ClassDef):
+                names.update(names_assigned_in(node))
     return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+def names_assigned_in(node: ast.ClassDef) -> Iterator[str]:
+    for statement in node.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
 def private_names_mentioned() -> set[str]:
