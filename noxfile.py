@@ -16,7 +16,7 @@ nox.options.sessions = ["lint", "types", "examples", "tests"]
 # One Python is enough: sessions for those that the machine lacks are skipped, wherever nox runs.
 nox.options.error_on_missing_interpreters = False
 
-BENCHMARKS = ["benchmarks/acquire.py", "benchmarks/query.py", "benchmarks/blocking.py"]
+BENCHMARKS = ["benchmarks/acquire.py", "benchmarks/query.py", "benchmarks/oneshot.py", "benchmarks/blocking.py"]
 FUZZED = [
     "tests/faults/test_bad_input.py",
     "tests/faults/test_fuzzed_conninfo.py",

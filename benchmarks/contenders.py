@@ -11,10 +11,12 @@ import asyncio
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+Opened = TypeVar("Opened")
 
 # Connections are of five different classes here; nothing is asked of them but `select 1`.
 Connection = Any
@@ -39,13 +41,13 @@ class OpenPool:
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Contender(Generic[Opened]):
     """One row of a table: what it is called, what must be installed for it, and how it is opened."""
 
     name: str
     modules: tuple[str, ...]
     distributions: tuple[str, ...]
-    open: Callable[[str, int], Awaitable[OpenPool]]
+    open: Callable[[str, int], Awaitable[Opened]]
 
     def missing(self) -> list[str]:
         """The modules that this contender needs and that are not installed."""

@@ -12,15 +12,24 @@ import platform
 import random
 import statistics
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psycopg
-from contenders import Contender, OpenPool
+from contenders import Contender, Opened, OpenPool
+
+
+class Closes(Protocol):
+    """What every open contender can do."""
+
+    @property
+    def close(self) -> Callable[[], Awaitable[Any]]: ...
+
 
 Result = TypeVar("Result")
+Open = TypeVar("Open", bound=Closes)
 Measure = Callable[[OpenPool, int], Awaitable[float]]
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -43,15 +52,17 @@ def options(description: str, rounds: int) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def server(url: str | None) -> Iterator[str]:
-    """The URL of a running PostgreSQL: the given one, or an embedded one that lives as long as the block."""
+def server(url: str | None, settings: Mapping[str, str | int] | None = None, *, tcp: bool = False) -> Iterator[str]:
+    """The URL of a running PostgreSQL: the given one, or an embedded one that lives as long as the block, with these
+    settings, and reached by TCP in place of a Unix socket if `tcp`.
+    """
     if url:
         yield url
         return
     from asyncpool.cli.embedded import EmbeddedServer
 
-    with EmbeddedServer() as running:
-        yield running.dsn()
+    with EmbeddedServer(settings=settings, host_authentication="trust" if tcp else None) as running:
+        yield running.host_dsn() if tcp else running.dsn()
 
 
 def run(main: Coroutine[Any, Any, Result], loop: str) -> Result:
@@ -78,7 +89,7 @@ def machine(url: str) -> str:
     )
 
 
-def installed(contenders: Sequence[Contender]) -> list[Contender]:
+def installed(contenders: Sequence[Contender[Opened]]) -> list[Contender[Opened]]:
     """Those that can run here; a line on stderr for each that cannot."""
     ready = []
     for contender in contenders:
@@ -90,10 +101,10 @@ def installed(contenders: Sequence[Contender]) -> list[Contender]:
 
 
 @asynccontextmanager
-async def opened(contenders: Sequence[Contender], url: str, size: int) -> AsyncIterator[dict[str, OpenPool]]:
+async def opened(contenders: Sequence[Contender[Open]], url: str, size: int) -> AsyncIterator[dict[str, Open]]:
     """All pools open at once, by name, so that rounds can be interleaved."""
     async with AsyncExitStack() as stack:
-        pools: dict[str, OpenPool] = {}
+        pools: dict[str, Open] = {}
         for contender in contenders:
             pool = await contender.open(url, size)
             stack.push_async_callback(_close, pool)
@@ -101,7 +112,7 @@ async def opened(contenders: Sequence[Contender], url: str, size: int) -> AsyncI
         yield pools
 
 
-async def _close(pool: OpenPool) -> None:
+async def _close(pool: Closes) -> None:
     await pool.close()
 
 
@@ -223,7 +234,7 @@ def _show_rich(table: Table) -> None:
         drawn.add_row(*row)
     # A figure must not be cut off: in a narrow terminal, or in none, the lines are as long as they are.
     console = rich.console.Console()
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 200)
     console.print(drawn)
     console.print(f"{table.note}\n", highlight=False, markup=False, soft_wrap=True)
 

@@ -103,7 +103,7 @@ async def asyncpg(url: str, size: int) -> AsyncIterator[Request]:
 class Entrant:
     """One row of a table. All is at its defaults but for the size, autocommit, and what the name says."""
 
-    contender: Contender
+    contender: Contender[Any]
     opened: Opened
 
     @property
