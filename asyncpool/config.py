@@ -28,7 +28,7 @@ class PoolConfig:
     name: str = field(default_factory=lambda: f"pool-{next(_numbers)}")
     min_size: int = 1
     max_size: int = 10
-    lanes: int = 2
+    lanes: int = 8
     acquire_timeout: float | None = 30.0
     max_waiting: int | None = None
     max_lifetime: float | None = 3600.0

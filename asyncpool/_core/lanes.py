@@ -12,8 +12,17 @@ from collections.abc import Hashable, Iterator
 from .policy import NEVER
 
 # How long the statement in front of a lane may take, in seconds, before the lane gets nothing more and does not count:
-# what is not sent goes elsewhere. So much work, by the averages of its statements, is in flight on a lane at most.
+# what is not sent goes elsewhere.
 LANE_STALL = 0.02
+
+# How much work is in flight on a lane at most, in seconds, by the averages of its statements: what fills the time in
+# which answers come and others go, and no more, as those behind wait for it.
+LANE_WORK = 0.001
+
+# So many lanes are enough for statements of less than `WORTH_A_LANE`, in seconds: they are limited by this process and
+# the server's processors. Longer ones wait for something, such as the disk at a commit, and may do so side by side.
+QUICK_LANES = 2
+WORTH_A_LANE = 0.0003
 
 # From this average on, in seconds, a statement takes a lease of its own: it would hold up what is behind it for longer
 # than a lease costs, which is some 0.1 ms.
@@ -141,7 +150,7 @@ class Lane:
             and in_flight[-1].pace.average is not None
             and len(in_flight) < MAX_STATEMENTS
             and self._size < MAX_BYTES
-            and self._expected < LANE_STALL
+            and self._expected < LANE_WORK + self.round_trip
             and not self.is_leaving
         )
 
@@ -243,10 +252,13 @@ class LaneMachine:
 
     def wants_lane(self, requested: int) -> bool:
         """Whether a further lane is to be asked for, when so many wait for their connection."""
-        if self.waiting <= 0:
+        self._drop_unwanted()
+        if not self._unsent:
             return False
+        is_quick = (self._unsent[0].pace.average or 0.0) < WORTH_A_LANE
+        limit = min(QUICK_LANES, self.limit) if is_quick else self.limit
         counted = sum(not (lane.is_leaving or lane.is_stalled) for lane in self.lanes)
-        return counted + requested < self.limit
+        return counted + requested < limit
 
     def withdraw(self, statement: Statement) -> None:
         """Its caller is gone. Unsent it is never sent; sent, its result is dropped when it comes."""
@@ -277,7 +289,11 @@ class LaneMachine:
 
     def next_deadline(self) -> float:
         """When the first of those that wait is overdue: as they all wait for as long, it is the first that came."""
+        self._drop_unwanted()
+        return self._unsent[0].deadline if self._unsent else NEVER
+
+    def _drop_unwanted(self) -> None:
+        """Forget those at the front for which nobody waits."""
         while self._unsent and not self._unsent[0].is_wanted:
             self._unsent.popleft()
             self._unwanted -= 1
-        return self._unsent[0].deadline if self._unsent else NEVER
