@@ -61,7 +61,7 @@ async def run_one_shot(
 
 
 async def _run_on_lease(runner: Runner, statement: OneShot, timeout: float | None) -> None:
-    frame = _getframe(2)
+    frame = _getframe(4)  # past the pool's methods: whoever awaits them
     code, offset = frame.f_code, frame.f_lasti
     deadline = _deadline(runner, timeout)
     while not statement.is_sent:
