@@ -1,8 +1,8 @@
 """A single statement for each request of 200 tasks: one-shots and leases of this pool, other pools, and pgbench.
 
     python benchmarks/oneshot.py [--rounds N] [--seconds S] [--json] [--url URL] [--loop asyncio|uvloop|both]
-        [--tasks N] [--statement insert|select] [--only NAME ...] [--lanes N ...] [--durable]
-        [--tcp] [--latency MS]
+        [--tasks N] [--statement insert|select] [--only NAME ...] [--lanes N ...]
+        [--durable [--commit-delay US]] [--tcp] [--latency MS]
     python benchmarks/oneshot.py --profile SECONDS
 
 Everybody has 10 connections in autocommit. A request inserts a row (int, float8, jsonb), or reads one by its id. Each
@@ -46,7 +46,19 @@ BURSTS = 8
 # --- the server ---------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, str | int] = {"max_connections": 200}
-DURABLE: dict[str, str | int] = {**SETTINGS, "fsync": "on", "synchronous_commit": "on"}
+
+
+def durable(delay: int) -> dict[str, str | int]:
+    """A server whose commits wait for the disk. Before it writes, the first of those that commit together sleeps for
+    `delay` µs, with the others waiting for it: as on a disk that is so much slower.
+    """
+    return {
+        **SETTINGS,
+        "fsync": "on",
+        "synchronous_commit": "on",
+        "commit_delay": delay,
+        "commit_siblings": 0,
+    }
 
 
 @contextmanager
@@ -75,10 +87,10 @@ def tables(url: str) -> Iterator[None]:
 
 def durability(url: str) -> str:
     """What a commit waits for, in the server's own words."""
+    settings = ("fsync", "synchronous_commit", "commit_delay")
     with psycopg.connect(url) as conn:
-        found = conn.execute("select current_setting('fsync'), current_setting('synchronous_commit')").fetchone()
-    assert found is not None
-    return "fsync {}, synchronous_commit {}".format(*found)
+        found = conn.execute("select name || ' ' || setting from pg_settings where name = any(%s)", (list(settings),))
+        return ", ".join(sorted(row[0] for row in found))
 
 
 # --- what is measured ---------------------------------------------------------------------------------------
@@ -342,14 +354,15 @@ def measured_elsewhere(options: argparse.Namespace, loop: str) -> Samples:
 
 
 def parsed() -> argparse.Namespace:
-    parser = harness.options("one statement for each request", rounds=5)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each sample (default: %(default)s)")
+    parser = harness.options("one statement for each request", rounds=8)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each sample (default: %(default)s)")
     parser.add_argument("--tasks", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("--statement", choices=STATEMENTS, action="append", help="only this one")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders whose name contains one of these")
     parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help="one-shots on so many lanes as well, each")
     parser.add_argument("--loop", choices=["asyncio", "uvloop", "both"], default="both")
     parser.add_argument("--durable", action="store_true", help="commits wait for the disk; --lanes 1 2 4 if not given")
+    parser.add_argument("--commit-delay", type=int, default=0, metavar="US", help="of --durable: the disk's, in µs")
     parser.add_argument("--tcp", action="store_true", help="to the embedded server by TCP, not by a Unix socket")
     parser.add_argument("--latency", type=float, default=0, metavar="MS", help="a server so far away, each way")
     parser.add_argument("--profile", type=float, metavar="SECONDS", help="run one-shots only, for a profiler")
@@ -378,7 +391,7 @@ def main() -> None:
         harness.show_json(harness.run(measure(options), options.loop).figures)
         return
     loops = loops_to_run(options.loop)
-    settings = DURABLE if options.durable else SETTINGS
+    settings = durable(options.commit_delay) if options.durable else SETTINGS
     with harness.server(options.url, settings, tcp=options.tcp) as near, tables(near):
         where = f"{harness.machine(near)}, {durability(near)}, {distance.told(near, options.latency)}"
         with distance.distant(near, options.latency) as options.url:
