@@ -24,10 +24,10 @@ from ._io.commit import ask_status, known_status, track
 from ._io.connection import PooledConnection
 from ._io.driver import Conninfo, Driver, check_event_loop
 from ._io.leases import Leases, logger
-from ._io.one_shot import rows_of, run_many, run_one_shot
+from ._io.one_shot import TaskOneShot, one_shot, rows_of, run_many
 from ._io.runner import Runner
 from ._io.session import NOT_LEASED, POOLS_OWN, Session
-from ._io.statement import OneShot, pace_of
+from ._io.statement import pace_of
 from .config import (
     OPTION_NAMES,
     PoolConfig,
@@ -434,15 +434,15 @@ class Pool(Generic[C]):
         acquisition = Acquisition[C](runner, DEFAULT, frame.f_code, frame.f_lasti)
         return await run_many(acquisition, query, params_seq)
 
-    async def _one_shot(
+    def _one_shot(
         self, query: Query, params: Params | None, timeout: float | None, retry: bool, binary: bool = False
-    ) -> OneShot:
+    ) -> TaskOneShot:
         runner = self._runner
         if runner is None:
             raise self._not_open()
         if timeout is not None:
             check_timeout("timeout", timeout)
-        return await run_one_shot(runner, query, params, timeout, retry=retry, binary=binary)
+        return one_shot(runner, query, params, timeout, retry=retry, binary=binary)
 
     # --- administration -------------------------------------------------------------------------------------
 

@@ -506,7 +506,7 @@ class SyncPool(Generic[C]):
         if timeout is not None:
             check_timeout("timeout", timeout)
         frame = _getframe(2)
-        statement = ThreadOneShot(query, params, self.name, timeout, retry=retry, binary=binary)
+        statement = ThreadOneShot(query, params, timeout, retry=retry, binary=binary)
         runner.submissions.run(statement, frame.f_code, frame.f_lasti)
         return statement
 

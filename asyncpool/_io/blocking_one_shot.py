@@ -42,10 +42,10 @@ class ThreadOneShot(OneShot):
     __slots__ = ("_gate", "timeout", "wants_lease")
 
     def __init__(
-        self, query: Query, params: Params | None, pool_name: str, timeout: float | None, *, retry: bool, binary: bool
+        self, query: Query, params: Params | None, timeout: float | None, *, retry: bool, binary: bool
     ) -> None:
         # Its pace is looked up in the event loop.
-        super().__init__(query, params, _UNKNOWN, pool_name, retry=retry, result_format=BINARY if binary else TEXT)
+        super().__init__(query, params, _UNKNOWN, retry=retry, result_format=BINARY if binary else TEXT)
         self.owner = current.owner
         self.timeout = timeout
         self.wants_lease = False  # it is for the thread to run it, on a connection of its own

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from contextlib import asynccontextmanager
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from psycopg import AsyncCursor
 from psycopg import errors as e
 from psycopg.abc import Params, Query
 
-from .._core.lanes import MAX_SENDS, Lane
+from .._core.lanes import MAX_SENDS, Lane, Pace
 from ..errors import StatementOutcomeUnknown, StatementTimeout
 from .acquisition import Acquisition, current_task
 from .connection import PooledConnection
@@ -30,38 +30,61 @@ if TYPE_CHECKING:
 _getframe = sys._getframe
 
 
-async def run_one_shot(
+class TaskOneShot(OneShot):
+    """A statement that a task waits for, by awaiting it."""
+
+    __slots__ = ("_runner", "_timeout")
+
+    def __init__(
+        self,
+        runner: Runner,
+        query: Query,
+        params: Params | None,
+        pace: Pace,
+        timeout: float | None,
+        *,
+        retry: bool,
+        binary: bool,
+    ) -> None:
+        super().__init__(query, params, pace, retry=retry, result_format=BINARY if binary else TEXT)
+        self._runner = runner
+        self._timeout = timeout
+
+    def __await__(self) -> Generator[Any, Any, Self]:
+        runner = self._runner
+        if self.pace.is_slow or not runner.shares_lanes:
+            yield from _run_on_lease(runner, self, self._timeout).__await__()
+            return self
+        multiplexer = runner.multiplexer
+        self.future = runner.loop.create_future()
+        multiplexer.submit(self, self.began, runner.config.acquire_timeout)
+        if self._timeout is not None and self.error is None:
+            self.timer = runner.loop.call_later(self._timeout, multiplexer.expire, self)
+        try:
+            if self.error is not None:
+                yield  # refused at once: a loop that tries again must not keep the event loop from everybody else
+            yield from self.future
+        except BaseException:
+            multiplexer.withdraw(self)
+            raise
+        return self
+
+
+def one_shot(
     runner: Runner, query: Query, params: Params | None, timeout: float | None, *, retry: bool, binary: bool
-) -> OneShot:
-    """A statement that was answered, or has failed: its methods say which.
+) -> TaskOneShot:
+    """A statement to await, whose methods then give the answer or raise the error.
 
     Raises PoolError as `acquire()` does, psycopg.ProgrammingError for a command that needs a session of its own.
     """
     if get_ident() != runner.thread or current_task(runner.loop) is None:
         runner.check_loop()
-    multiplexer = runner.multiplexer
-    pace = pace_of(multiplexer.paces, query, runner.config.name)
-    statement = OneShot(query, params, pace, runner.config.name, retry=retry, result_format=BINARY if binary else TEXT)
-    if pace.is_slow or not runner.shares_lanes:
-        await _run_on_lease(runner, statement, timeout)
-        return statement
-    limit = runner.config.acquire_timeout
-    statement.future = future = runner.loop.create_future()
-    multiplexer.submit(statement, statement.began, limit)
-    if timeout is not None and statement.error is None:
-        statement.timer = runner.loop.call_later(timeout, multiplexer.expire, statement)
-    try:
-        if statement.error is not None:
-            await asyncio.sleep(0)  # refused at once: a loop that tries again must not keep the event loop from others
-        await future
-    except BaseException:
-        multiplexer.withdraw(statement)
-        raise
-    return statement
+    pace = pace_of(runner.multiplexer.paces, query, runner.config.name)
+    return TaskOneShot(runner, query, params, pace, timeout, retry=retry, binary=binary)
 
 
 async def _run_on_lease(runner: Runner, statement: OneShot, timeout: float | None) -> None:
-    frame = _getframe(4)  # past the pool's methods: whoever awaits them
+    frame = _getframe(3)  # past the pool's methods: whoever awaits them
     code, offset = frame.f_code, frame.f_lasti
     deadline = _deadline(runner, timeout)
     while not statement.is_sent:

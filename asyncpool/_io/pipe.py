@@ -18,6 +18,7 @@ from psycopg.waiting import Ready, Wait
 from .._core.lanes import Lane, Pace, Statement
 from .connection import Leased
 from .libpq import find_send_sync
+from .one_shot_rules import needs_session, remedy
 from .session import Session
 from .statement import OneShot
 
@@ -33,7 +34,7 @@ _COPY = frozenset(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.Ex
 _READY_R = int(Ready.R)
 _WAIT_R = Wait.R
 _WAIT_RW = Wait.RW
-_NO, _SHOULD = Prepare.NO, Prepare.SHOULD
+_SHOULD = Prepare.SHOULD
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _SOURCE_FUNCTION = pq.DiagnosticField.SOURCE_FUNCTION
 
@@ -69,6 +70,7 @@ class Pipe:
         self.lane = lane
         self._pgconn = session.pgconn
         self.row_factory: Any = connection.row_factory
+        self._pool_name: str = cast(Any, connection._pool).name
         self._prepared = connection._prepared
         self.transformer = Transformer(connection)
         self._query_class = _query_class(connection)
@@ -133,10 +135,10 @@ class Pipe:
         else:
             converted = self._query_class(self.transformer)
             converted.convert(text, params)
-            if not isinstance(text, (str, bytes)):
-                statement.check_converted(converted.query)
-        values = converted.params
-        if values:
+            if not isinstance(text, (str, bytes)) and (command := needs_session(converted.query)):
+                raise ProgrammingError(remedy(self._pool_name, command))  # it could not be read before
+        statement.size = 0
+        if values := converted.params:
             if len(values) > MAX_PARAMETERS:
                 raise ProgrammingError(f"a statement takes {MAX_PARAMETERS} parameters at most, not {len(values)}")
             statement.size = sum([len(value) for value in values if value is not None])
@@ -144,11 +146,33 @@ class Pipe:
 
     def _send(self, statement: OneShot, query: PostgresQuery) -> None:
         prepared = self._prepared
-        prepare, name = prepared.get(query)
         statement.pipe = self
+        statement.key = key = query.query, query.types
+        name = prepared._names.get(key)
+        if name is not None and prepared.prepare_threshold is not None:
+            # What get() and maybe_add_to_cache() do then, in line: a tenth of a statement's cost.
+            prepared._names.move_to_end(key)
+            statement.name = name
+            statement.is_parsing = False
+            self._pgconn.send_query_prepared(
+                name, query.params, param_formats=query.formats, result_format=statement.result_format
+            )
+        else:
+            self._send_unprepared(statement, query)
+        query.params = None  # it is kept for the next one
+        self._sync()
+
+    def _send_unprepared(self, statement: OneShot, query: PostgresQuery) -> None:
+        prepared = self._prepared
+        prepare, name = prepared.get(query)
         statement.name = name
         statement.is_parsing = prepare is _SHOULD
-        if prepare is _NO:
+        if statement.is_parsing:
+            self._pgconn.send_prepare(name, query.query, param_types=query.types)
+            self._pgconn.send_query_prepared(
+                name, query.params, param_formats=query.formats, result_format=statement.result_format
+            )
+        else:
             self._pgconn.send_query_params(
                 query.query,
                 query.params,
@@ -156,17 +180,8 @@ class Pipe:
                 param_formats=query.formats,
                 result_format=statement.result_format,
             )
-        else:
-            if statement.is_parsing:
-                self._pgconn.send_prepare(name, query.query, param_types=query.types)
-            self._pgconn.send_query_prepared(
-                name, query.params, param_formats=query.formats, result_format=statement.result_format
-            )
-        statement.key = query.query, query.types
         if prepared.maybe_add_to_cache(query, prepare, name) is not None or statement.is_parsing:
             prepared._rotate()
-        query.params = None  # it is kept for the next one
-        self._sync()
 
     def _deallocate(self, now: float) -> None:
         """Have the server forget prepared statements of which there are too many."""
@@ -257,7 +272,7 @@ class Pipe:
         self._result = result
 
     def _forget(self, statement: OneShot) -> None:
-        if statement.key is not None and self._prepared._names.get(statement.key) == statement.name:
+        if self._prepared._names.get(statement.key) == statement.name:
             del self._prepared._names[statement.key]
 
     def _is_to_be_sent_again(self, statement: OneShot) -> bool:

@@ -50,7 +50,6 @@ class OneShot(Statement):
         "name",
         "params",
         "pipe",
-        "pool_name",
         "query",
         "result",
         "result_format",
@@ -61,28 +60,36 @@ class OneShot(Statement):
     pipe: Pipe  # which it was put on
 
     def __init__(
-        self, query: Query, params: Params | None, pace: Pace, pool_name: str, *, retry: bool, result_format: pq.Format
+        self, query: Query, params: Params | None, pace: Pace, *, retry: bool, result_format: pq.Format
     ) -> None:
-        super().__init__(pace, retry=retry)
+        # No call of the base's: what is set here is a tenth of a statement's cost.
+        self.pace = pace
+        self.retry = retry
+        self.owner = None
+        self.is_wanted = True
+        self.is_sent = False
+        self.sends = 0
         self.query = query
         self.params = params
-        self.pool_name = pool_name
         self.result_format = result_format
         self.began = monotonic()
         self.result: PGresult | None = None
         self.error: Exception | None = None
         self.future: asyncio.Future[None] | None = None  # who waits, unless it is run alone
         self.timer: asyncio.TimerHandle | None = None  # that of its timeout
-        self.name = b""  # by which it is prepared on the server
-        self.key: tuple[bytes, tuple[int, ...]] | None = None
-        self.is_parsing = False  # whether an answer to its Parse comes first
         self.was_prepared_again = False
+
+    name: bytes  # by which it is prepared on the server
+    key: tuple[bytes, tuple[int, ...]]  # by which psycopg knows that name
+    is_parsing: bool  # whether an answer to its Parse comes first
 
     @classmethod
     def of_pool(cls, pace: Pace) -> OneShot:
         """In the place of a command of the pool's own, to whose answer nobody listens."""
-        statement = cls(b"", None, pace, "", retry=False, result_format=TEXT)
-        statement.is_wanted = False
+        statement = cls(b"", None, pace, retry=False, result_format=TEXT)
+        statement.is_wanted = statement.is_parsing = False
+        statement.size = 0
+        statement.name = b""
         return statement
 
     def resolve(self, result: PGresult | None) -> None:
@@ -110,11 +117,6 @@ class OneShot(Statement):
     def forget(self) -> None:
         """Nobody waits any more, and it is not to be sent: let go of what it holds."""
         self.query, self.params = b"", None
-
-    def check_converted(self, query: bytes) -> None:
-        """Refuse what was composed, and could not be read before. Raises psycopg.ProgrammingError."""
-        if command := needs_session(query):
-            raise ProgrammingError(remedy(self.pool_name, command))
 
     def transformer(self) -> TransformerOf:
         """What makes Python's values of the result: its pipe's, which is for the moment only."""
