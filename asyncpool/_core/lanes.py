@@ -99,7 +99,19 @@ class Paces:
 class Statement:
     """A one-shot statement on its way. `deadline` is when it must be sent, `owner` the task or thread that waits."""
 
-    __slots__ = ("deadline", "expected", "is_sent", "is_wanted", "owner", "pace", "retry", "sends", "sent_at", "size")
+    __slots__ = (
+        "deadline",
+        "expected",
+        "is_enqueued",
+        "is_sent",
+        "is_wanted",
+        "owner",
+        "pace",
+        "retry",
+        "sends",
+        "sent_at",
+        "size",
+    )
 
     def __init__(self, pace: Pace, *, retry: bool) -> None:
         self.pace = pace
@@ -107,6 +119,7 @@ class Statement:
         self.deadline = NEVER
         self.owner: object = None
         self.is_wanted = True  # whether somebody waits for its result
+        self.is_enqueued = False  # whether it is among the unsent
         self.is_sent = False
         self.sends = 0
         self.sent_at = 0.0
@@ -233,18 +246,21 @@ class LaneMachine:
 
     def enqueue(self, statement: Statement) -> None:
         """Let it wait until a lane takes it."""
+        statement.is_enqueued = True
         self._unsent.append(statement)
 
     def enqueue_again(self, statements: list[Statement]) -> None:
         """These are to be sent once more: before all others, in their order."""
         for statement in reversed(statements):
             statement.is_sent = False
+            statement.is_enqueued = True
             self._unsent.appendleft(statement)
 
     def next_for(self, lane: Lane) -> Statement | None:
         """The statement that the lane is to send next, if there is one and it may."""
         while self._unsent and lane.accepts():
             statement = self._unsent.popleft()
+            statement.is_enqueued = False
             if statement.is_wanted:
                 return statement
             self._unwanted -= 1
@@ -263,7 +279,7 @@ class LaneMachine:
     def withdraw(self, statement: Statement) -> None:
         """Its caller is gone. Unsent it is never sent; sent, its result is dropped when it comes."""
         statement.is_wanted = False
-        if not statement.is_sent:
+        if statement.is_enqueued:  # else it was sent, or refused when its caller had not heard of that yet
             self._unwanted += 1
             if self._unwanted > len(self._unsent) // 2 + 64:
                 self._unsent = deque(statement for statement in self._unsent if statement.is_wanted)
@@ -276,6 +292,8 @@ class LaneMachine:
     def take_unsent(self) -> list[Statement]:
         """All that wait; they wait no longer."""
         statements = list(self.unsent())
+        for statement in statements:
+            statement.is_enqueued = False
         self._unsent.clear()
         self._unwanted = 0
         return statements
@@ -283,14 +301,34 @@ class LaneMachine:
     def take_overdue(self, now: float) -> list[Statement]:
         """Those whose time to be sent is over."""
         overdue: list[Statement] = []
-        while self.next_deadline() <= now:
-            overdue.append(self._unsent.popleft())
+        kept: list[Statement] = []
+        while self._unsent:
+            statement = self._unsent[0]
+            is_due = not statement.is_wanted or statement.deadline <= now
+            if not is_due and not statement.sends:
+                break  # all behind it came later
+            self._unsent.popleft()
+            if not is_due:
+                kept.append(statement)
+            elif statement.is_wanted:
+                statement.is_enqueued = False
+                overdue.append(statement)
+            else:
+                self._unwanted -= 1
+        self._unsent.extendleft(reversed(kept))
         return overdue
 
     def next_deadline(self) -> float:
-        """When the first of those that wait is overdue: as they all wait for as long, it is the first that came."""
+        """When the first of those that wait is overdue: as they all wait for as long, it is the first that came. Those
+        that are sent again stand before it, and may have more time.
+        """
         self._drop_unwanted()
-        return self._unsent[0].deadline if self._unsent else NEVER
+        deadline = NEVER
+        for statement in self.unsent():
+            deadline = min(deadline, statement.deadline)
+            if not statement.sends:
+                break
+        return deadline
 
     def _drop_unwanted(self) -> None:
         """Forget those at the front for which nobody waits."""

@@ -214,7 +214,8 @@ class Multiplexer:
         self._withdraw_requests()
         self._look_for_answers(now)
         self._fill_all(now)
-        if self._lanes.waiting or self._alone or any(lane.in_flight for lane in self._lanes.lanes):
+        lanes = cast("list[OpenLane]", self._lanes.lanes)
+        if self._lanes.waiting or self._alone or any(lane.pipe.is_busy for lane in lanes):
             self._watch(now)
 
     def _look_for_answers(self, now: float) -> None:
@@ -222,10 +223,19 @@ class Multiplexer:
             if not poll_ready(fd, READ):
                 lane.seen_pending(now)
         for lane in cast("list[OpenLane]", self._lanes.lanes[:]):
-            if lane.in_flight and not poll_ready(lane.pipe.session.reader.fd, READ):
-                lane.seen_pending(now)
-                if lane.is_forsaken and now >= lane.stalls_at + self._runner.config.cancel_timeout:
-                    self._give_up(lane)  # nobody waits for it any more: its place is worth more than its end
+            if lane.pipe.is_busy and not poll_ready(lane.pipe.session.reader.fd, READ):
+                if lane.in_flight:
+                    lane.seen_pending(now)
+                if self._is_hopeless(lane, now):
+                    self._give_up(lane)
+
+    def _is_hopeless(self, lane: OpenLane, now: float) -> bool:
+        """Whether nobody waits for what is under way, and that takes too long: its place is worth more than its end."""
+        if lane.in_flight:
+            stalls_at = lane.stalls_at if lane.is_forsaken else NEVER
+        else:  # its users' statements could not be sent, and the network is silent
+            stalls_at = lane.pipe.probed_at + LANE_STALL
+        return now >= stalls_at + self._runner.config.cancel_timeout
 
     @contextmanager
     def watching(self, pipe: Pipe) -> Iterator[None]:
@@ -284,6 +294,9 @@ class Multiplexer:
         now = monotonic()
         if slot is None or slot.state is not LEASED:
             return  # the pool was closed since
+        if not self._lanes.waiting:  # they were refused since
+            self._runner.perform(self._runner.machine.withdraw(waiter, now))
+            return
         self._runner.watch.look(now)
         if slot.is_disconnected:
             self._runner.perform(self._runner.machine.discard(slot, slot.doom, now))
@@ -331,6 +344,8 @@ class Multiplexer:
         self._flush(lane)
         if not lane.pipe.is_busy:
             self._end_soon(lane)
+        elif not lane.in_flight:
+            self._watch(now)
 
     def _run(self, lane: OpenLane) -> PQGen[None]:
         """What the reader drives: it takes the answers, sends what waits, and has no end of its own."""
@@ -387,8 +402,11 @@ class Multiplexer:
             logger.error("%s: a bug in asyncpool: a lane failed", name, exc_info=error)
         cause = lane.pipe.last_words or error
         again: list[Statement] = []
+        now = monotonic()
+        limit = self._runner.config.acquire_timeout
         for statement in cast("Iterable[OneShot]", lane.in_flight):
             if statement.is_wanted and statement.retry and statement.sends < MAX_SENDS:
+                statement.deadline = NEVER if limit is None else now + limit  # it may have run for long
                 again.append(statement)
             elif statement.is_wanted:
                 statement.fail(outcome_unknown(name, cause))
@@ -396,7 +414,6 @@ class Multiplexer:
         self._lanes.enqueue_again(again)
         lane.pipe.session.sever()
         self._runner.leases.end_lease(lane.pipe.connection)
-        now = monotonic()
         self._fill_all(now)
         if self._lanes.waiting:
             self._watch(now)

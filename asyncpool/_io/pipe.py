@@ -34,7 +34,7 @@ _COPY = frozenset(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.Ex
 _READY_R = int(Ready.R)
 _WAIT_R = Wait.R
 _WAIT_RW = Wait.RW
-_SHOULD = Prepare.SHOULD
+_NO, _SHOULD = Prepare.NO, Prepare.SHOULD
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _SOURCE_FUNCTION = pq.DiagnosticField.SOURCE_FUNCTION
 
@@ -77,7 +77,7 @@ class Pipe:
         self._queries: dict[tuple[str | bytes, bool], PostgresQuery] = {}
         self._sync = _sync_of(session)
         self._began = 0.0  # when the statement in front came to the front
-        self._probed_at = 0.0  # when the Sync was sent by which the round trip is measured; 0 if none is under way
+        self.probed_at = 0.0  # when the Sync was sent by which the round trip is measured; 0 if none is under way
         self._result: PGresult | None = None  # of the statement in front, while its Sync is not answered
         self._has_failed = False  # whether that is an error, which nothing behind it replaces
 
@@ -85,7 +85,7 @@ class Pipe:
         """Begin. Raises psycopg.Error if the connection is lost."""
         self._pgconn.enter_pipeline_mode()
         if not self.session.round_trip:
-            self._probed_at = monotonic()
+            self.probed_at = monotonic()
             self._sync()
         self.lane.round_trip = self.session.round_trip
 
@@ -100,7 +100,7 @@ class Pipe:
     @property
     def is_busy(self) -> bool:
         """Whether an answer is to come."""
-        return bool(self.lane.in_flight or self._probed_at)
+        return bool(self.lane.in_flight or self.probed_at)
 
     def put(self, statement: OneShot, now: float) -> bool:
         """Put a statement on the pipe, to be sent by the next flush. False if it cannot be, which its caller was told.
@@ -149,7 +149,7 @@ class Pipe:
         statement.pipe = self
         statement.key = key = query.query, query.types
         name = prepared._names.get(key)
-        if name is not None and prepared.prepare_threshold is not None:
+        if name is not None and prepared.prepare_threshold is not None and not statement.was_prepared_again:
             # What get() and maybe_add_to_cache() do then, in line: a tenth of a statement's cost.
             prepared._names.move_to_end(key)
             statement.name = name
@@ -165,6 +165,8 @@ class Pipe:
     def _send_unprepared(self, statement: OneShot, query: PostgresQuery) -> None:
         prepared = self._prepared
         prepare, name = prepared.get(query)
+        if statement.was_prepared_again and prepare is not _SHOULD:
+            prepare, name = _NO, b""  # it is to depend on no other's Parse any more, which may fail
         statement.name = name
         statement.is_parsing = prepare is _SHOULD
         if statement.is_parsing:
@@ -220,7 +222,7 @@ class Pipe:
         pgconn = self._pgconn
         in_flight = self.lane.in_flight
         nulls = 0
-        while (in_flight or self._probed_at) and not pgconn.is_busy():
+        while (in_flight or self.probed_at) and not pgconn.is_busy():
             result = pgconn.get_result()
             if result is None:
                 nulls += 1
@@ -231,7 +233,7 @@ class Pipe:
             status = result.status
             if status != _PIPELINE_SYNC:
                 self._take(result, status)
-            elif self._probed_at:
+            elif self.probed_at:
                 self._note_round_trip()
             else:
                 statement = cast(OneShot, in_flight.popleft())
@@ -296,8 +298,8 @@ class Pipe:
 
     def _note_round_trip(self) -> None:
         now = monotonic()
-        self.lane.round_trip = self.session.round_trip = now - self._probed_at
-        self._probed_at = 0.0
+        self.lane.round_trip = self.session.round_trip = now - self.probed_at
+        self.probed_at = 0.0
         self._began = now
 
     @property

@@ -67,7 +67,7 @@ class OneShot(Statement):
         self.retry = retry
         self.owner = None
         self.is_wanted = True
-        self.is_sent = False
+        self.is_enqueued = self.is_sent = False
         self.sends = 0
         self.query = query
         self.params = params
