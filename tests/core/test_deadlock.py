@@ -9,6 +9,7 @@ from kit.virtual_pool import VirtualPool, opened_pool
 from asyncpool._core.effects import Refusal
 from asyncpool._core.machine import PoolMachine
 from asyncpool._core.policy import ConnectFailure
+from asyncpool._core.queue import Waiter
 
 
 def held_by_blocks(count: int) -> VirtualPool:
@@ -48,25 +49,30 @@ def test_who_waits_and_holds_nothing_completes_no_circle() -> None:
     assert list(pool.refused.values()) == [Refusal.DEADLOCK]
 
 
+@pytest.fixture
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[PoolMachine]:
+    """Whenever a machine looks at its leases for a circle, it is noted here."""
+    asked: list[PoolMachine] = []
+    ask = PoolMachine._is_circle
+
+    def note_and_ask(machine: PoolMachine) -> bool:
+        asked.append(machine)
+        return ask(machine)
+
+    monkeypatch.setattr(PoolMachine, "_is_circle", note_and_ask)
+    return asked
+
+
 @pytest.mark.parametrize("in_block", [True, False])
 def test_one_lease_whose_owner_does_not_wait_answers_for_all_who_come(
-    monkeypatch: pytest.MonkeyPatch, in_block: bool
+    questions: list[PoolMachine], in_block: bool
 ) -> None:
     pool = opened_pool(min_size=2, max_size=2)
     for task in range(2):
         pool.acquire(owner=task, in_block=in_block)
-    questions = 0
-    ask = PoolMachine._is_circle
-
-    def count_and_ask(machine: PoolMachine) -> bool:
-        nonlocal questions
-        questions += 1
-        return ask(machine)
-
-    monkeypatch.setattr(PoolMachine, "_is_circle", count_and_ask)
     for stranger in range(10, 110):
         pool.acquire(owner=stranger)
-    assert questions == 1
+    assert len(questions) == 1
 
 
 def test_a_task_that_holds_all_of_them_is_refused_at_once() -> None:
@@ -163,3 +169,206 @@ def test_a_block_that_others_may_end_is_in_no_circle(loose: int) -> None:
     pool.acquire(owner=0)
     pool.acquire(owner=1)
     assert not pool.refused
+
+
+# --- many who wait in one place -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_group_with_the_one_in_it_who_completes_the_circle_is_refused(count: int) -> None:
+    pool = held_by_blocks(count)
+    for task in range(count - 1):
+        pool.acquire(owner=task)
+    group = pool.acquire_for("stranger", count - 1)
+    assert pool.refused == {group: Refusal.DEADLOCK}
+
+
+def test_a_group_that_comes_with_all_of_the_circle_is_refused() -> None:
+    pool = held_by_blocks(3)
+    group = pool.acquire_for(2, 0, 1)
+    assert pool.refused == {group: Refusal.DEADLOCK}
+
+
+def test_a_group_is_asked_about_whoever_answered_for_all_before() -> None:
+    """Among its members may be the very owner whose lease did."""
+    pool = held_by_blocks(2)
+    pool.acquire(owner="stranger")
+    witness = pool.machine._witness
+    assert witness is not None
+    assert witness.owner is not None
+    owner = witness.owner()
+    assert isinstance(owner, int)
+    pool.acquire_for("another", 1 - owner)
+    assert not pool.refused
+    group = pool.acquire_for("another", owner)
+    assert pool.refused == {group: Refusal.DEADLOCK}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_who_joins_a_group_and_completes_the_circle_may_not_and_the_others_wait_on(first: int) -> None:
+    pool = held_by_blocks(2)
+    group = pool.acquire_for(first)
+    assert not pool.join(group, "stranger")
+    assert pool.join(group, 1 - first)
+    assert pool.queue == [group]
+    assert pool.members[group] == [first, "stranger"]
+    assert not pool.refused
+
+
+def test_who_waits_alone_completes_a_circle_with_those_in_groups() -> None:
+    pool = held_by_blocks(3)
+    first, second = pool.acquire_for(0), pool.acquire_for("stranger", 1)
+    waiter = pool.acquire(owner=2)
+    assert pool.refused == {waiter: Refusal.DEADLOCK}
+    assert pool.queue == [first, second]
+    assert pool.join(first, 2)
+
+
+def test_the_members_of_several_groups_make_one_circle() -> None:
+    pool = held_by_blocks(3)
+    pool.acquire_for(0, "stranger")
+    second = pool.acquire_for(1)
+    third = pool.acquire_for("another")
+    assert pool.join(third, 2)
+    assert pool.join(second, 2)
+    group = pool.acquire_for(2)
+    assert pool.refused == {group: Refusal.DEADLOCK}
+
+
+def test_who_is_in_a_group_and_holds_nothing_completes_no_circle() -> None:
+    pool = held_by_blocks(2)
+    group = pool.acquire_for(0)
+    assert not any(pool.join(group, stranger) for stranger in range(10, 15))
+    pool.acquire_for(*range(20, 25))
+    assert not pool.refused
+    assert pool.join(group, 1)
+
+
+def test_members_of_whom_nobody_knows_who_they_are_complete_no_circle() -> None:
+    pool = held_by_blocks(2)
+    group = pool.acquire_for(None, 0, None)
+    assert not pool.join(group, None)
+    assert list(group.owners()) == [0]
+    assert not pool.refused
+
+
+def test_who_has_left_a_group_is_in_no_circle() -> None:
+    pool = held_by_blocks(2)
+    group = pool.acquire_for(0, "stranger")
+    pool.leave(group, 0)
+    assert not pool.join(group, 1)
+    assert pool.join(group, 0)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_there_is_no_circle_while_a_group_has_a_place(size: int) -> None:
+    """It goes back whatever they do who wait for it."""
+    pool = opened_pool(min_size=size, max_size=size, max_connecting=size)
+    for task in range(size - 1):
+        pool.acquire(owner=task, in_block=True)
+    lane = pool.acquire_for(0)
+    assert lane.slot is not None
+    group = pool.acquire_for("stranger")
+    assert not any(pool.join(group, task) for task in range(size - 1))
+    assert not pool.refused
+    pool.release(lane)
+    assert group.slot is not None
+
+
+def test_there_is_no_circle_while_a_place_is_leased_by_hand() -> None:
+    pool = opened_pool(min_size=2, max_size=2)
+    pool.acquire(owner=0, in_block=True)
+    by_hand = pool.acquire(owner=1)
+    group = pool.acquire_for(0, 1)
+    assert not pool.join(group, 1)
+    assert not pool.refused
+    pool.release(by_hand)
+    assert group.slot is not None
+
+
+def test_there_is_no_circle_while_a_place_is_on_its_way_for_a_group() -> None:
+    pool = held_by_blocks(2)
+    pool.discard(next(waiter for waiter in pool.held if waiter.owner == 1))
+    group = pool.acquire_for(1)
+    assert not pool.join(group, 0)
+    pool.finish_close()
+    assert not pool.join(group, 0)
+    pool.connect()
+    assert group.slot is not None
+    assert not pool.refused
+
+
+def test_who_joins_a_group_that_has_its_connection_already_does_not_wait_for_one() -> None:
+    pool = held_by_blocks(2)
+    group = pool.acquire_for(0)
+    pool.release(next(waiter for waiter in pool.held if waiter.owner == 1))
+    pool.acquire(owner=1)
+    assert group.slot is not None
+    assert not pool.join(group, 1)
+    assert not pool.refused
+
+
+def test_one_lease_whose_owner_does_not_wait_answers_for_all_who_join(questions: list[PoolMachine]) -> None:
+    pool = opened_pool(min_size=1, max_size=1)
+    pool.acquire(owner=0, in_block=True)
+    group = pool.acquire_for("first")
+    questions.clear()
+    assert not any(pool.join(group, stranger) for stranger in range(10, 110))
+    assert not questions
+    assert pool.join(group, 0)
+
+
+def test_a_lease_that_came_back_answers_for_nobody_who_joins() -> None:
+    pool = opened_pool(min_size=2, max_size=2)
+    pool.acquire(owner=0, in_block=True)
+    by_hand = pool.acquire()
+    next_one = pool.acquire(owner=1, in_block=True)
+    group = pool.acquire_for(0)
+    assert pool.machine._witness is by_hand.slot
+    pool.discard(by_hand)
+    pool.finish_work()
+    assert next_one.slot is not None
+    assert pool.join(group, 1)
+
+
+def test_a_smaller_max_size_can_complete_a_circle_with_a_group() -> None:
+    pool = opened_pool(min_size=1, max_size=2)
+    pool.acquire(owner=0, in_block=True)
+    group = pool.acquire_for("stranger", 0)
+    pool.fail_connect(ConnectFailure.TRANSIENT)
+    assert not pool.refused
+    pool.resize(1, 1)
+    assert pool.refused == {group: Refusal.DEADLOCK}
+
+
+@pytest.mark.parametrize("last", ["group", "waiter"])
+def test_of_those_in_a_circle_the_last_to_have_come_is_refused(last: str) -> None:
+    pool = opened_pool(min_size=3, max_size=3, max_connecting=3)
+    for task in range(2):
+        pool.acquire(owner=task, in_block=True)
+    by_hand = pool.acquire()
+    if last == "group":
+        pool.acquire(owner=0)
+        expected: Waiter = pool.acquire_for("stranger", 1)
+    else:
+        pool.acquire_for("stranger", 0)
+        expected = pool.acquire(owner=1)
+    pool.acquire_for("another", None)
+    pool.acquire(owner="third")
+    pool.resize(1, 2)
+    assert not pool.refused
+    pool.discard(by_hand)
+    pool.finish_close()
+    assert pool.refused == {expected: Refusal.DEADLOCK}
+
+
+def test_nobody_is_refused_when_fewer_places_leave_one_whose_owner_does_not_wait() -> None:
+    pool = opened_pool(min_size=2, max_size=3)
+    for task in range(2):
+        pool.acquire(owner=task, in_block=True)
+    group = pool.acquire_for(0, "stranger")
+    pool.fail_connect(ConnectFailure.TRANSIENT)
+    pool.resize(1, 2)
+    assert not pool.refused
+    assert pool.queue == [group]
+    assert pool.join(group, 1)

@@ -12,6 +12,7 @@ from kit.virtual_pool import VirtualPool, in_order, virtual_pool
 
 from asyncpool._core.effects import Refusal
 from asyncpool._core.policy import ConnectFailure
+from asyncpool._core.queue import GroupWaiter
 from asyncpool._core.states import PoolPhase
 from asyncpool.events import CloseReason
 
@@ -53,8 +54,9 @@ class Walk:
         self.breaks = random.choice([0, 0.05, 0.4])
         self.keeps = random.choice([0, 0.5, 1])  # how often a caller keeps its connection to itself
 
-    def take(self, steps: int) -> None:
-        actions: dict[Callable[[], None], int] = {
+    def actions(self) -> dict[Callable[[], None], int]:
+        """What may happen, and how often."""
+        return {
             self.acquire: 30,
             self.end_lease: 25,
             self.end_work: 30,
@@ -64,6 +66,9 @@ class Walk:
             self.disconnect: 2,
             self.administrate: 2,
         }
+
+    def take(self, steps: int) -> None:
+        actions = self.actions()
         for action in self.random.choices(list(actions), weights=list(actions.values()), k=steps):
             if self.pool.machine.phase is PoolPhase.CLOSED:
                 self.pool.open(single_round=self.random.random() < 0.2)
@@ -71,11 +76,15 @@ class Walk:
 
     def acquire(self) -> None:
         """One of a few tasks, if it is not waiting already; it may hold connections of which nobody else knows."""
-        waiting = {waiter.owner for waiter in self.pool.queue}
-        if free := [task for task in TASKS if task not in waiting]:
+        if free := self.free_tasks():
             owner = self.random.choice(free)
             in_block = self.random.random() < self.keeps
             self.pool.acquire(self.random.choice([None, 0, 0.5, 4]), owner, in_block=in_block)
+
+    def free_tasks(self) -> list[int]:
+        """Those that wait for nothing."""
+        waiting = {owner for waiter in self.pool.queue for owner in self.pool.owners(waiter)}
+        return [task for task in TASKS if task not in waiting]
 
     def end_lease(self) -> None:
         pool, random = self.pool, self.random
@@ -156,9 +165,52 @@ class Walk:
             self.random.choice([self.end_lease, self.end_work, self.tell_late_outcome, self.disconnect])()
 
 
+class CrowdedWalk(Walk):
+    """Few places, most of them the leases of blocks, whose owners wait alone and in groups for more."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        random = self.random
+        options: CommonOptions = {**random_options(random), "max_size": random.randint(1, 3), "min_size": 1}
+        self.pool = virtual_pool(random.random, **options)
+        self.keeps = 0.95
+        self.joins_refused = 0
+
+    def actions(self) -> dict[Callable[[], None], int]:
+        return {
+            self.acquire: 20,
+            self.acquire_for_some: 6,
+            self.join: 20,
+            self.end_lease: 10,
+            self.end_work: 20,
+            self.let_time_pass: 6,
+            self.give_up: 2,
+            self.disconnect: 1,
+            self.administrate: 1,
+        }
+
+    def acquire_for_some(self) -> None:
+        """A group, of few or none, comes to the queue."""
+        free = self.free_tasks()
+        self.pool.acquire_for(*self.random.sample(free, min(len(free), self.random.randint(0, 2))))
+
+    def join(self) -> None:
+        """A task joins a group in the queue, or leaves it."""
+        groups = [waiter for waiter in self.pool.queue if isinstance(waiter, GroupWaiter)]
+        if not groups:
+            return
+        group = self.random.choice(groups)
+        members, free = self.pool.members[group], self.free_tasks()
+        if free and self.random.random() < 0.8:
+            self.joins_refused += self.pool.join(group, self.random.choice(free))
+        elif members:
+            self.pool.leave(group, self.random.choice(members))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_whatever_happens_the_invariants_hold_and_the_pool_can_be_closed(seed: int) -> None:
-    walk = Walk(seed)
+@pytest.mark.parametrize("walker", [Walk, CrowdedWalk])
+def test_whatever_happens_the_invariants_hold_and_the_pool_can_be_closed(walker: type[Walk], seed: int) -> None:
+    walk = walker(seed)
     walk.take(STEPS)
     walk.close_down()
     pool = walk.pool
@@ -206,3 +258,17 @@ def test_the_walks_go_everywhere() -> None:
         CloseReason.CONFIGURE_FAILED,
     }
     assert late_outcomes
+
+
+def test_the_crowded_walks_end_in_every_kind_of_circle() -> None:
+    refused_alone = refused_in_groups = joins_refused = 0
+    for seed in SEEDS[:15]:
+        walk = CrowdedWalk(seed)
+        walk.take(STEPS)
+        deadlocked = [waiter for waiter, refusal in walk.pool.refused.items() if refusal is Refusal.DEADLOCK]
+        refused_in_groups += sum(isinstance(waiter, GroupWaiter) for waiter in deadlocked)
+        refused_alone += sum(not isinstance(waiter, GroupWaiter) for waiter in deadlocked)
+        joins_refused += walk.joins_refused
+    assert refused_alone
+    assert refused_in_groups
+    assert joins_refused

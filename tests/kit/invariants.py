@@ -147,7 +147,7 @@ def check_nothing_is_left_undone(pool: VirtualPool) -> None:
 
 def is_circle(pool: VirtualPool) -> bool:
     """Whether every place is the lease of a block, and the owner of each waits for another one."""
-    waiting = {waiter.owner for waiter in pool.queue}
+    waiting = {owner for waiter in pool.queue for owner in pool.owners(waiter)}
     return (
         len(pool.queue) > 0
         and pool.machine.size == len(pool.held) >= pool.machine.max_size

@@ -23,7 +23,7 @@ from asyncpool._core.effects import (
 )
 from asyncpool._core.machine import PoolMachine
 from asyncpool._core.policy import NEVER, ConnectFailure
-from asyncpool._core.queue import Waiter
+from asyncpool._core.queue import GroupWaiter, Waiter
 from asyncpool._core.slot import Slot
 from asyncpool.config import PoolConfig
 from asyncpool.events import CloseReason
@@ -62,6 +62,7 @@ class VirtualPool:
     queue: list[Waiter] = field(default_factory=list)
     held: dict[Waiter, Slot] = field(default_factory=dict)
     blocks: set[Waiter] = field(default_factory=set)  # whose lease only their owner will end
+    members: dict[Waiter, list[object]] = field(default_factory=dict)  # of groups: who stands still for each
     severed: list[Waiter] = field(default_factory=list)  # find their connection shut down
     refused: dict[Waiter, Refusal] = field(default_factory=dict)
     histories: dict[Slot, History] = field(default_factory=dict)
@@ -110,6 +111,35 @@ class VirtualPool:
         waiter = Waiter(NEVER if timeout is None else self.now + timeout, owner)
         if in_block:
             self.blocks.add(waiter)
+        self._ask(waiter)
+        return waiter
+
+    def acquire_for(self, *members: object) -> GroupWaiter:
+        """Many ask for one connection together, and have one place in the queue."""
+        waiter = GroupWaiter(NEVER, lambda: self.members[waiter])
+        self.members[waiter] = list(members)
+        self._ask(waiter)
+        return waiter
+
+    def join(self, group: GroupWaiter, owner: object) -> bool:
+        """One more asks for the connection of a group. Whether it may not."""
+        self.members[group].append(owner)
+        is_refused = self.machine.joined(group, owner)
+        if is_refused:
+            assert invariants.is_circle(self), "a false alarm"
+            self.members[group].remove(owner)
+        self._step(())
+        return is_refused
+
+    def leave(self, group: GroupWaiter, owner: object) -> None:
+        """One of a group does not wait any more."""
+        self.members[group].remove(owner)
+
+    def owners(self, waiter: Waiter) -> list[object]:
+        """Who stands still for this place in the queue."""
+        return self.members.get(waiter, [waiter.owner])
+
+    def _ask(self, waiter: Waiter) -> None:
         newest = max((self.histories[slot].free_since for slot in self.slots(IDLE)), default=-NEVER)
         slot = self.machine.take(self.now)
         if slot is None:
@@ -120,7 +150,6 @@ class VirtualPool:
             waiter.slot = slot
             self._hand_out(waiter, slot)
             self._step(())
-        return waiter
 
     def cancel(self, waiter: Waiter) -> None:
         """The caller is gone, in the queue or just after its grant."""
@@ -366,7 +395,8 @@ class VirtualPool:
             assert effect.waiter.deadline <= self.now, "refused before its time"
         if effect.refusal is Refusal.DEADLOCK:
             assert invariants.is_circle(self), "a false alarm"
-            assert effect.waiter.owner in {waiter.owner for waiter in self.held}, "refused, and nobody is helped"
+            holders = {waiter.owner for waiter in self.held}
+            assert holders.intersection(self.owners(effect.waiter)), "refused, and nobody is helped"
         self.queue.remove(effect.waiter)
         self.refused[effect.waiter] = effect.refusal
         self.refusals[effect.refusal] += 1
