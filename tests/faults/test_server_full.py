@@ -147,8 +147,8 @@ async def test_places_that_others_give_up_are_taken_without_being_asked(full: Fu
         for _ in range(PLACES - 1):
             others.enter_context(psycopg.connect(full.dsn("asyncpool-test-others")))
         await pool.open(wait=False)
-        await eventually(lambda: pool.stats().connect_errors > 2)
-        assert pool.stats().idle == 1
+        # Of several that arrive together the server may refuse each one, as it counts the others.
+        await eventually(lambda: pool.stats().connect_errors > 2 and pool.stats().idle == 1)
     async with pool:
         await eventually(lambda: pool.stats().idle == PLACES)
         await assert_whole(pool, full.mortal, application_name)
