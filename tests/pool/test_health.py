@@ -321,7 +321,7 @@ async def test_check_pings_every_idle_connection_at_once(dsn: str, admin: Admin)
 
 
 async def test_a_connection_that_does_not_answer_the_ping_is_replaced(private_dsn: str, private_admin: Admin) -> None:
-    pool = Pool(private_dsn, max_size=1, check_interval=0, check_timeout=0.2)
+    pool = Pool(private_dsn, max_size=1, check_interval=0, check_timeout=0.5)
     async with pool:
         async with pool.acquire() as conn:
             pid = conn.info.backend_pid
@@ -336,7 +336,7 @@ async def test_a_connection_that_does_not_answer_the_ping_is_replaced(private_ds
 
 
 async def test_check_closes_what_does_not_answer(private_dsn: str) -> None:
-    async with Pool(private_dsn, min_size=2, max_size=2, check_timeout=0.2) as pool:
+    async with Pool(private_dsn, min_size=2, max_size=2, check_timeout=0.5) as pool:
         async with pool.acquire() as conn:
             pid = conn.info.backend_pid
         with frozen(pid):

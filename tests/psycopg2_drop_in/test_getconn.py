@@ -34,7 +34,7 @@ def test_when_all_are_in_use_it_raises_at_once(
         for _ in range(50):
             with pytest.raises(PoolError, match=EXHAUSTED):
                 pool.getconn()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
         assert stats_of(pool).size == 2
         for conn in conns:
             pool.putconn(conn)

@@ -67,7 +67,7 @@ def refused(work, words=""):
         raise AssertionError(work)
 
 def eventually(condition):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline, condition
         time.sleep(0.005)

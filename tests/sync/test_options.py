@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -138,10 +139,11 @@ def test_a_conninfo_callable_that_blocks_stalls_nobody_else(dsn: str) -> None:
     def conninfo() -> str:
         if answers:
             return answers.pop()
-        time.sleep(1)
+        assert go_on.wait(20)
         return dsn
 
     answers = [dsn]
+    go_on = threading.Event()
     with SyncPool(conninfo, min_size=1, max_size=2) as pool, SyncPool(dsn, min_size=0, max_size=1) as other:
         held = pool.getconn()
         waiting = in_thread(pool.getconn)
@@ -150,7 +152,7 @@ def test_a_conninfo_callable_that_blocks_stalls_nobody_else(dsn: str) -> None:
         assert not waiting.done
         pool.putconn(held)
         pool.putconn(waiting.result())
-        answers.extend([dsn] * 10)
+        go_on.set()
 
 
 def test_a_conninfo_callable_that_hangs_is_given_up_after_connect_timeout() -> None:
