@@ -189,10 +189,11 @@ LOGIN_FAULTS: dict[str, Callable[[int], Weather]] = {
 async def test_a_fault_in_the_handshake_keeps_the_deadlines(
     tls_proxy: Proxy, tls_dsn: str, fault: str, tls_admin: Admin, application_name: str
 ) -> None:
-    options: dict[str, Any] = {**SECONDS, "acquire_timeout": 0.5, "connect_timeout": 0.2}
+    # At least one attempt is to fail within the time of an acquire, on a busy machine too.
+    options: dict[str, Any] = {**SECONDS, "acquire_timeout": 1.5, "connect_timeout": 0.4}
     async with Pool(tls_dsn, min_size=0, max_size=1, **options) as pool:
-        conn = await pool.acquire()
-        size_of_login = tls_proxy.links[0].delivered(Towards.CLIENT)
+        conn = await pool.acquire(timeout=20)
+        size_of_login = tls_proxy.links[-1].delivered(Towards.CLIENT)
         await pool.release(conn)
         pool.drain()
         await eventually(lambda: pool.stats().size == 0)
@@ -200,11 +201,11 @@ async def test_a_fault_in_the_handshake_keeps_the_deadlines(
             tls_proxy.apply(LOGIN_FAULTS[fault](size_of_login), Towards.CLIENT)
         else:
             tls_proxy.apply(*HANDSHAKE_FAULTS[fault])
-        with pytest.raises(PoolTimeout) as raised, ends_within(0.5, f"acquire over TLS, {fault}"):
+        with pytest.raises(PoolTimeout) as raised, ends_within(1.5, f"acquire over TLS, {fault}"):
             await pool.acquire()
         error = raised.value.__cause__
         assert isinstance(error, psycopg.OperationalError)
-        assert ("connection timeout expired after 0.2 s" in str(error)) == ("stalled" in fault or "no answer" in fault)
+        assert ("connection timeout expired after 0.4 s" in str(error)) == ("stalled" in fault or "no answer" in fault)
         tls_proxy.clear()
         async with pool.acquire(timeout=20) as conn:
             await conn.execute("select 1")
