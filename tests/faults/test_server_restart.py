@@ -115,7 +115,7 @@ async def test_during_a_smart_shutdown_the_pool_serves_on_with_what_it_has(
             # All are let go of: the server ends, and the requests wait for it to come back.
             pool.drain()
             await asyncio.to_thread(mortal.stop, "smart")
-            assert pool.stats().connect_errors > 0
+            await eventually(lambda: pool.stats().connect_errors > 0)
             opened = await asyncio.to_thread(mortal.start)
             await eventually(lambda: len(load.successes_since(opened)) > 200)
         assert load.errors == []
