@@ -177,7 +177,10 @@ async def _judge(plan: Plan, pool: Any, grounds: Grounds, record: Record) -> Non
     pool.resize(plan.min_size, plan.max_size)
     gc.collect()
     await eventually(
-        lambda: _is_quiet(pool) and pool.stats().size == grounds.admin.sessions(grounds.application_name),
+        # Between two attempts to connect it is quiet too.
+        lambda: (
+            _is_quiet(pool) and plan.min_size <= pool.stats().size == grounds.admin.sessions(grounds.application_name)
+        ),
         timeout=PATIENT,
     )
     record.stats = stats = pool.stats()
@@ -230,4 +233,4 @@ async def _judge_closing(plan: Plan, pool: Any, grounds: Grounds, record: Record
     this = asyncio.current_task()
     await eventually(lambda: not [task for task in asyncio.all_tasks() if task is not this], timeout=PATIENT)
     gc.collect()
-    await eventually(lambda: open_descriptors() <= descriptors, timeout=1.0)
+    await eventually(lambda: open_descriptors() <= descriptors, timeout=PATIENT)
