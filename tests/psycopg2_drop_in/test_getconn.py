@@ -213,7 +213,7 @@ def test_connections_that_the_server_has_ended_are_never_handed_out(
 def test_while_the_server_is_away_it_raises_an_operational_error_that_says_so(
     private_server: EmbeddedServer, private_dsn: str
 ) -> None:
-    with closing(ThreadedConnectionPool(1, 2, private_dsn, timeout=0.3)) as pool:
+    with closing(ThreadedConnectionPool(1, 2, private_dsn, timeout=1)) as pool:
         private_server.stop()
         with pytest.raises(psycopg2.OperationalError) as caught:
             pool.getconn()

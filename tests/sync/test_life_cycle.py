@@ -240,7 +240,7 @@ def test_without_waiting_a_final_error_is_told_to_who_asks_for_a_connection(dsn:
 
 def test_a_refused_port_is_tried_again_until_the_timeout(closed_port: int) -> None:
     pool = SyncPool(host="127.0.0.1", port=closed_port, backoff_initial=0.01)
-    error = fails_to_open(pool, PoolTimeout, "0.3 s.*refused", timeout=0.3)
+    error = fails_to_open(pool, PoolTimeout, "1 s.*refused", timeout=1)
     assert isinstance(error.__cause__, psycopg.OperationalError)
     assert pool.stats().connect_errors > 1
 
@@ -255,6 +255,7 @@ def test_a_refused_port_without_waiting_is_its_own_error_after_one_try(closed_po
 def test_a_server_that_is_down_for_a_while_is_waited_for(private_server: EmbeddedServer, private_dsn: str) -> None:
     with SyncPool(private_dsn, max_size=1, backoff_initial=0.01, backoff_max=0.05) as pool:
         private_server.stop()
+        eventually_blocking(lambda: pool.stats().connect_errors > 0)
         with pytest.raises(PoolTimeout, match="last connect error"):
             pool.getconn(timeout=0.2)
         waiting = in_thread(lambda: pool.getconn(timeout=FOREVER))

@@ -167,7 +167,7 @@ def test_each_of_many_deadlines_is_kept(dsn: str) -> None:
 
 def test_who_gave_up_is_passed_over(dsn: str) -> None:
     with exhausted(dsn) as (pool, connection):
-        first = in_thread(lambda: pool.getconn(timeout=0.1))
+        first = in_thread(lambda: pool.getconn(timeout=1))
         eventually_blocking(lambda: pool.stats().waiting == 1)
         second = in_thread(lambda: pool.getconn(timeout=FOREVER))
         eventually_blocking(lambda: pool.stats().waiting == 2)
