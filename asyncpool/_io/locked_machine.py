@@ -274,6 +274,8 @@ class LockedMachine(PoolMachine):
             ):
                 return False
             if waiters := self.waiters:
+                if type(next(iter(waiters))) is not ThreadWaiter:
+                    return False  # the event loop is to be told
                 ensure_stack()  # `_hand_over` calls others
             mine = self._deciding = True
             session.lease = NOT_LEASED
@@ -282,7 +284,7 @@ class LockedMachine(PoolMachine):
             slot.verified_at = answered_at
             slot.fresh_until = fresh_until if fresh_until < slot.expires_at else slot.expires_at  # noqa: FURB136
             if waiters:
-                self._hand_over(slot, now).wake()  # type: ignore[attr-defined]  # all are ThreadWaiters here
+                self._hand_over(slot, now).wake()  # type: ignore[attr-defined]  # a ThreadWaiter
                 self._deciding = False
                 return True
             self._leased.remove(slot)
