@@ -16,9 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from asyncpool._core.lanes import (
     LANE_STALL,
+    LANE_WORK,
     MAX_BYTES,
     MAX_SENDS,
     MAX_STATEMENTS,
+    QUICK_LANES,
+    WORTH_A_LANE,
     Lane,
     LaneMachine,
     Pace,
@@ -66,12 +69,13 @@ class Flight:
         if self.is_leaving or not self.statements:
             return not self.is_leaving
         expected = sum(self.expected)
-        if abs(expected - LANE_STALL) < ROUNDING:
+        most = LANE_WORK + self.lane.round_trip
+        if abs(expected - most) < ROUNDING:
             return self.lane.accepts()
         return (
             len(self.statements) < MAX_STATEMENTS
             and sum(one.size for one in self.statements) < MAX_BYTES
-            and expected < LANE_STALL
+            and expected < most
             and self.statements[-1].pace.average is not None
             and not self.is_stalled()
         )
@@ -92,13 +96,13 @@ def is_idle(flight: Flight) -> bool:
 class LaneMachineModel(RuleBasedStateMachine):
     machine: LaneMachine
 
-    @initialize(lanes=st.integers(0, 3), more=st.integers(0, 2), round_trip=st.sampled_from([0.0, 0.002]))
+    @initialize(lanes=st.integers(0, 4), more=st.integers(0, 2), round_trip=st.sampled_from([0.0, 0.002]))
     def begin(self, lanes: int, more: int, round_trip: float) -> None:
         self.machine = LaneMachine(lanes + more)
         self.round_trip = round_trip
         self.now = 1000.0
         self.paces = [Pace() for _ in range(6)]
-        for pace, average in zip(self.paces[2:], (0.0, 0.0001, 0.004, LANE_STALL), strict=True):
+        for pace, average in zip(self.paces[2:], (0.0, 0.0001, 0.0004, LANE_WORK), strict=True):
             pace.note(average)
         self.made = 0
         self.unsent: list[Statement] = []
@@ -167,8 +171,11 @@ class LaneMachineModel(RuleBasedStateMachine):
     def look(self, span: float) -> None:
         self.now += span
         for flight in filter(is_busy, self.flights):
+            was_stalled = flight.is_stalled()
             flight.lane.seen_pending(self.now)
             flight.seen_at = self.now
+            if flight.is_stalled() and not was_stalled:
+                assert flight.statements[0].pace.is_slow
 
     @precondition(lambda self: self.withdrawable())
     @rule(pick=st.integers(0, 200), count=st.sampled_from([1, 1, 2, 100]))
@@ -205,11 +212,9 @@ class LaneMachineModel(RuleBasedStateMachine):
 
     @rule(deed=st.sampled_from(["ask", "ask", "grant", "grant", "refuse", "leave", "give back"]), pick=picks)
     def change_lanes(self, deed: str, pick: int) -> None:
-        if deed == "ask" and self.machine.wants_lane():
-            self.machine.requested += 1
+        if deed == "ask" and self.machine.wants_lane(self.requested):
             self.requested += 1
         elif deed in ("grant", "refuse") and self.requested:
-            self.machine.requested -= 1
             self.requested -= 1
             if deed == "grant":
                 self.open_lane()
@@ -273,7 +278,10 @@ class LaneMachineModel(RuleBasedStateMachine):
             assert lane.is_forsaken is (is_busy(flight) and not any(one.is_wanted for one in flight.statements))
             assert all(one.is_sent and 1 <= one.sends <= MAX_SENDS for one in flight.statements)
         counted = sum(not (flight.is_leaving or flight.is_stalled()) for flight in self.flights)
-        assert self.machine.wants_lane() is (bool(self.unsent) and counted + self.requested < self.machine.limit)
+        enough = self.machine.limit
+        if self.unsent and (self.unsent[0].pace.average or 0.0) < WORTH_A_LANE:
+            enough = min(enough, QUICK_LANES)
+        assert self.machine.wants_lane(self.requested) is (bool(self.unsent) and counted + self.requested < enough)
 
 
 TestLaneMachine = LaneMachineModel.TestCase

@@ -6,13 +6,16 @@ import pytest
 
 from asyncpool._core.lanes import (
     LANE_STALL,
+    LANE_WORK,
     LOOK_EVERY,
     MAX_BYTES,
     MAX_PACES,
     MAX_STATEMENTS,
+    QUICK_LANES,
     SLOW,
     UNSEEN,
     WEIGHT,
+    WORTH_A_LANE,
     Lane,
     LaneMachine,
     Pace,
@@ -102,6 +105,20 @@ def test_a_time_that_was_out_of_the_common_is_forgotten() -> None:
     assert not pace.is_slow
 
 
+def test_a_text_that_stalls_a_lane_is_slow_before_anything_was_answered() -> None:
+    pace = Pace()
+    pace.suspect()
+    assert pace.average == LANE_STALL
+    assert pace.is_slow
+
+
+@pytest.mark.parametrize(("average", "then"), [(STEP, LANE_STALL), (1.0, 1.0)])
+def test_a_text_that_stalls_a_lane_is_as_slow_as_that_or_slower(average: float, then: float) -> None:
+    pace = pace_of(average)
+    pace.suspect()
+    assert pace.average == then
+
+
 def test_a_command_that_needs_a_connection_of_its_own_is_known_by_its_text() -> None:
     assert Pace("LISTEN").needs == "LISTEN"
 
@@ -187,7 +204,7 @@ def test_one_statement_may_be_of_any_size_and_is_alone_then() -> None:
 
 
 def test_a_lane_takes_so_much_work_at_once() -> None:
-    quarter = LANE_STALL / 4
+    quarter = LANE_WORK / 4
     lane = lane_with(*[statement(quarter) for _ in range(3)])
     assert lane.accepts()
     lane.sent(statement(quarter), NOW)
@@ -198,9 +215,16 @@ def test_a_lane_takes_so_much_work_at_once() -> None:
     assert not lane.accepts()
 
 
+def test_a_lane_to_a_server_that_is_far_away_takes_the_work_of_a_round_trip_more() -> None:
+    lane = lane_with(statement(LANE_WORK), statement(7 * STEP), round_trip=8 * STEP)
+    assert lane.accepts()
+    lane.sent(statement(STEP), NOW)
+    assert not lane.accepts()
+
+
 def test_what_was_expected_of_a_statement_goes_with_it_whatever_it_has_taken() -> None:
     """Its pace may have changed meanwhile, and does with its own answer."""
-    quarter = LANE_STALL / 4
+    quarter = LANE_WORK / 4
     pace = pace_of(quarter)
     lane = Lane()
     for _ in range(4):
@@ -214,11 +238,11 @@ def test_what_was_expected_of_a_statement_goes_with_it_whatever_it_has_taken() -
 
 
 def test_a_lane_that_has_nothing_on_it_expects_nothing_whatever_was_there() -> None:
-    lane = lane_with(statement(LANE_STALL / 3), statement(LANE_STALL / 7), statement(1.0, size=MAX_BYTES))
+    lane = lane_with(statement(LANE_WORK / 3), statement(LANE_WORK / 7), statement(1.0, size=MAX_BYTES))
     answer(lane, NOW, count=3)
     lane.sent(statement(0.0, size=MAX_BYTES - 1), NOW)
     assert lane.accepts()
-    lane.sent(statement(LANE_STALL), NOW)
+    lane.sent(statement(LANE_WORK), NOW)
     assert not lane.accepts()
 
 
@@ -253,6 +277,32 @@ def test_a_lane_is_stalled_when_the_statement_in_front_was_seen_unanswered_for_t
     lane.seen_pending(NOW + LANE_STALL)
     assert is_stalled(lane)
     assert not lane.accepts()
+
+
+def test_one_that_stalls_its_lane_counts_as_slow_from_then_on() -> None:
+    """Its like would stall other lanes, before it has ended itself."""
+    front, behind = statement(STEP), statement(STEP)
+    lane = lane_with(front, behind)
+    lane.seen_pending(NOW + LANE_STALL * 0.999)
+    assert front.pace.average == STEP
+    lane.seen_pending(NOW + LANE_STALL)
+    assert front.pace.average == LANE_STALL
+    assert behind.pace.average == STEP
+
+
+def test_one_that_goes_on_stalling_its_lane_counts_once() -> None:
+    """Others of its text may have been answered meanwhile."""
+    front = statement(STEP)
+    lane = lane_with(front)
+    lane.seen_pending(NOW + LANE_STALL)
+    front.pace.average = STEP
+    lane.seen_pending(NOW + 2 * LANE_STALL)
+    assert front.pace.average == STEP
+    answer(lane, NOW + 2 * LANE_STALL)
+    front.pace.average = STEP
+    lane.sent(front, NOW + 1)
+    lane.seen_pending(NOW + 2)
+    assert front.pace.average == LANE_STALL
 
 
 def test_a_lane_at_which_nobody_has_looked_is_not_stalled() -> None:
@@ -570,35 +620,68 @@ def test_those_that_were_withdrawn_are_let_go_of_and_the_others_keep_their_order
 
 def test_no_lane_is_asked_for_while_nobody_waits() -> None:
     machine = machine_with()
-    assert not machine.wants_lane()
-    [one] = waiting_in(machine, statement())
-    assert machine.wants_lane()
-    machine.withdraw(one)
-    assert not machine.wants_lane()
+    assert not machine.wants_lane(0)
+    first, second = waiting_in(machine, statement(), statement())
+    assert machine.wants_lane(0)
+    machine.withdraw(first)
+    assert machine.wants_lane(0)
+    machine.withdraw(second)
+    assert not machine.wants_lane(0)
+    assert machine.waiting == 0
+
+
+@pytest.mark.parametrize("average", [None, 0.0, WORTH_A_LANE / 2, WORTH_A_LANE, 1.0])
+@pytest.mark.parametrize(
+    ("limit", "lanes", "requested", "wants"),
+    [
+        (0, 0, 0, False),
+        (1, 0, 0, True),
+        (1, 1, 0, False),
+        (2, 0, 1, True),
+        (2, 1, 0, True),
+        (2, 1, 1, False),
+        (2, 0, 2, False),
+        (2, 2, 0, False),
+    ],
+)
+def test_lanes_are_asked_for_up_to_the_limit_with_those_that_are_asked_for_already(
+    average: float | None, limit: int, lanes: int, requested: int, wants: bool
+) -> None:
+    machine = machine_with(*[Lane() for _ in range(lanes)], limit=limit)
+    waiting_in(machine, statement(average))
+    assert machine.wants_lane(requested) is wants
 
 
 @pytest.mark.parametrize(
-    ("lanes", "requested", "wants"), [(0, 1, True), (1, 0, True), (1, 1, False), (0, 2, False), (2, 0, False)]
+    ("average", "enough"),
+    [(None, QUICK_LANES), (0.0, QUICK_LANES), (WORTH_A_LANE * 0.999, QUICK_LANES), (WORTH_A_LANE, 8), (1.0, 8)],
 )
-def test_lanes_are_asked_for_up_to_the_limit_with_those_that_are_asked_for_already(
-    lanes: int, requested: int, wants: bool
-) -> None:
-    machine = machine_with(*[Lane() for _ in range(lanes)])
-    waiting_in(machine, statement())
-    assert machine.requested == 0
-    machine.requested = requested
-    assert machine.wants_lane() is wants
+def test_quick_statements_get_no_more_lanes_than_are_of_use(average: float | None, enough: int) -> None:
+    machine = machine_with(*[Lane() for _ in range(enough - 1)], limit=8)
+    waiting_in(machine, statement(average), statement(0.0), statement(1.0))
+    assert machine.wants_lane(0)
+    assert not machine.wants_lane(1)
+    machine.lanes.append(Lane())
+    assert not machine.wants_lane(0)
+
+
+def test_it_is_the_first_that_waits_who_says_how_many_lanes_are_of_use() -> None:
+    machine = machine_with(*[Lane() for _ in range(QUICK_LANES)], limit=8)
+    quick, _ = waiting_in(machine, statement(), statement(1.0))
+    assert not machine.wants_lane(0)
+    machine.withdraw(quick)
+    assert machine.wants_lane(0)
 
 
 def test_a_lane_that_is_stalled_does_not_count() -> None:
     lane = lane_with(statement(), statement())
     machine = machine_with(lane, limit=1)
     waiting_in(machine, statement())
-    assert not machine.wants_lane()
+    assert not machine.wants_lane(0)
     lane.seen_pending(NOW + 1)
-    assert machine.wants_lane()
+    assert machine.wants_lane(0)
     answer(lane, NOW + 1)
-    assert not machine.wants_lane()
+    assert not machine.wants_lane(0)
 
 
 def test_a_lane_that_is_leaving_does_not_count() -> None:
@@ -606,7 +689,7 @@ def test_a_lane_that_is_leaving_does_not_count() -> None:
     machine = machine_with(lane, limit=1)
     waiting_in(machine, statement())
     lane.is_leaving = True
-    assert machine.wants_lane()
+    assert machine.wants_lane(0)
 
 
 # --- those that wait for too long ---------------------------------------------------------------------------
