@@ -160,6 +160,17 @@ def test_the_last_connection_that_goes_can_complete_a_circle() -> None:
     assert pool.refused == {waiter: Refusal.DEADLOCK}
 
 
+def test_a_block_whose_owner_is_gone_is_in_no_circle() -> None:
+    """And none of whom nobody knows who they are stands for it."""
+    pool = held_by_blocks(1)
+    for slot in pool.held.values():
+        slot.owner = lambda: None  # as a weak reference says it
+    pool.acquire()
+    group = pool.acquire_for(None)
+    assert not pool.join(group, None)
+    assert not pool.refused
+
+
 @pytest.mark.parametrize("loose", [0, 1])
 def test_a_block_that_others_may_end_is_in_no_circle(loose: int) -> None:
     pool = held_by_blocks(2)

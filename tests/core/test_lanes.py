@@ -156,6 +156,15 @@ def test_a_statement_that_was_made_is_wanted_and_not_sent() -> None:
 # --- what a lane takes --------------------------------------------------------------------------------------
 
 
+def test_of_a_lane_that_was_made_nothing_is_known_and_it_is_watched() -> None:
+    lane = Lane()
+    assert (lane.is_leaving, lane.round_trip, lane.stalls_at) == (False, 0.0, NEVER)
+    one = statement(None)
+    lane.sent(one, NOW)
+    answer(lane, NOW + 1)
+    assert one.pace.average == pytest.approx(UNSEEN)
+
+
 @pytest.mark.parametrize("average", [None, 0.0, 1.0])
 def test_a_lane_on_which_nothing_is_takes_anything(average: float | None) -> None:
     lane = Lane()
@@ -553,7 +562,7 @@ def test_what_is_sent_again_comes_before_all_others_in_its_order() -> None:
     lost = [statement(retry=True) for _ in range(3)]
     lane_with(*lost)
     machine.enqueue_again(lost)
-    assert not any(one.is_sent for one in lost)
+    assert [one.is_sent for one in lost] == [False] * 3
     assert machine.waiting == 5
     assert taken_by(machine, lane) == [*lost, *waiting]
     assert [one.sends for one in lost] == [2, 2, 2]
@@ -581,7 +590,7 @@ def test_what_is_withdrawn_after_it_was_sent_stays_where_it_is() -> None:
     machine = machine_with(lane)
     waiting_in(machine, waiting)
     machine.withdraw(sent)
-    assert not sent.is_wanted
+    assert (sent.is_wanted, waiting.is_wanted) == (False, True)
     assert list(lane.in_flight) == [sent]
     assert machine.waiting == 1
 
