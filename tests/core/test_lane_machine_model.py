@@ -109,7 +109,6 @@ class LaneMachineModel(RuleBasedStateMachine):
         self.flights: list[Flight] = []
         self.ended: Counter[Statement] = Counter()  # answered, failed, refused, or withdrawn before they were sent
         self.requested = 0
-        self.sent_again = False  # whether one that was sent already has come back to the queue
         for _ in range(lanes):
             self.open_lane()
 
@@ -183,22 +182,21 @@ class LaneMachineModel(RuleBasedStateMachine):
         candidates = self.withdrawable()
         for one in candidates[pick % len(candidates) :][:count]:
             self.machine.withdraw(one)
-            if not one.is_sent:
+            if one in self.unsent:
                 self.unsent.remove(one)
                 self.ended[one] += 1
 
     def withdrawable(self) -> list[Statement]:
-        """Those whose callers may leave."""
+        """Those whose callers may leave, some of which have ended and have not heard of that yet."""
         in_flight = [one for flight in self.flights for one in flight.statements]
-        return [*self.unsent, *(one for one in in_flight if one.is_wanted)]
+        ended = list(self.ended)[-20:]
+        return [*self.unsent, *(one for one in (*in_flight, *ended) if one.is_wanted)]
 
     @rule(span=spans)
     def refuse_overdue(self, span: float) -> None:
         self.now += span
         overdue = self.machine.take_overdue(self.now)
-        assert all(one.deadline <= self.now for one in overdue), "refused before its time"
-        if not self.sent_again:
-            assert overdue == [one for one in self.unsent if one.deadline <= self.now]
+        assert overdue == [one for one in self.unsent if one.deadline <= self.now]
         self.unsent = [one for one in self.unsent if one not in overdue]
         self.ended.update(overdue)
 
@@ -242,7 +240,6 @@ class LaneMachineModel(RuleBasedStateMachine):
         self.machine.enqueue_again(again)
         self.unsent[:0] = again
         self.ended.update(one for one in flight.statements if one not in again)
-        self.sent_again |= bool(again)
 
     def remove(self, flight: Flight) -> None:
         self.machine.lanes.remove(flight.lane)
@@ -265,9 +262,8 @@ class LaneMachineModel(RuleBasedStateMachine):
         machine = self.machine
         assert list(machine.unsent()) == self.unsent
         assert machine.waiting == len(self.unsent)
-        assert not any(one.is_sent for one in self.unsent)
-        if not self.sent_again:
-            assert machine.next_deadline() == (self.unsent[0].deadline if self.unsent else NEVER)
+        assert all(one.is_enqueued and not one.is_sent for one in self.unsent)
+        assert machine.next_deadline() == min((one.deadline for one in self.unsent), default=NEVER)
 
     @invariant()
     def lanes_are_as_the_world_remembers_them(self) -> None:
@@ -276,7 +272,9 @@ class LaneMachineModel(RuleBasedStateMachine):
             assert lane.accepts() is flight.takes_more()
             assert lane.is_stalled is flight.is_stalled()
             assert lane.is_forsaken is (is_busy(flight) and not any(one.is_wanted for one in flight.statements))
-            assert all(one.is_sent and 1 <= one.sends <= MAX_SENDS for one in flight.statements)
+            for one in flight.statements:
+                assert (one.is_sent, one.is_enqueued) == (True, False)
+                assert 1 <= one.sends <= MAX_SENDS
         counted = sum(not (flight.is_leaving or flight.is_stalled()) for flight in self.flights)
         enough = self.machine.limit
         if self.unsent and (self.unsent[0].pace.average or 0.0) < WORTH_A_LANE:

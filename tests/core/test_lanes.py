@@ -150,7 +150,7 @@ def test_a_statement_that_was_made_is_wanted_and_not_sent() -> None:
     pace = Pace()
     made = Statement(pace, retry=True)
     assert (made.pace, made.retry, made.is_wanted, made.is_sent) == (pace, True, True, False)
-    assert (made.deadline, made.owner, made.sends, made.size) == (NEVER, None, 0, 0)
+    assert (made.deadline, made.owner, made.sends, made.size, made.is_enqueued) == (NEVER, None, 0, 0, False)
 
 
 # --- what a lane takes --------------------------------------------------------------------------------------
@@ -624,6 +624,39 @@ def test_those_that_were_withdrawn_are_let_go_of_and_the_others_keep_their_order
     assert machine.waiting == 0
 
 
+@pytest.mark.parametrize("how", ["taken by a lane", "refused", "overdue"])
+def test_who_leaves_before_he_has_heard_that_his_statement_waits_no_longer_counts_for_none_that_does(how: str) -> None:
+    machine = machine_with()
+    [gone] = waiting_in(machine, statement(deadline=NOW))
+    if how == "taken by a lane":
+        machine.next_for(Lane())  # and could not be sent
+    elif how == "refused":
+        machine.take_unsent()
+    else:
+        machine.take_overdue(NOW)
+    waiting = waiting_in(machine, statement())
+    machine.withdraw(gone)
+    assert machine.waiting == 1
+    assert list(machine.unsent()) == waiting
+
+
+def test_what_was_never_enqueued_counts_for_none_that_waits() -> None:
+    machine = machine_with()
+    waiting_in(machine, statement())
+    machine.withdraw(statement())
+    assert machine.waiting == 1
+
+
+def test_what_is_sent_again_can_be_withdrawn() -> None:
+    machine = machine_with()
+    lost = [statement(retry=True), statement(retry=True)]
+    lane_with(*lost)
+    machine.enqueue_again(lost)
+    machine.withdraw(lost[0])
+    assert machine.waiting == 1
+    assert machine.next_for(Lane()) is lost[1]
+
+
 # --- how many lanes -----------------------------------------------------------------------------------------
 
 
@@ -716,6 +749,35 @@ def test_those_whose_time_is_over_are_taken_out_and_no_others() -> None:
     assert machine.take_overdue(NOW + 10) == [third]
     assert machine.next_deadline() == NEVER
     assert machine.waiting == 0
+
+
+def test_those_that_are_sent_again_do_not_hide_the_deadlines_of_others() -> None:
+    """They stand before all others, and may have more time, or less, in any order."""
+    lane = Lane()
+    machine = machine_with()
+    waiting = waiting_in(machine, statement(deadline=NOW + 3), statement(deadline=NOW + 4))
+    lost = [statement(retry=True, deadline=NOW + seconds) for seconds in (5, 2, 6)]
+    for one in lost:
+        lane.sent(one, NOW)
+    machine.enqueue_again(lost)
+    assert machine.next_deadline() == NOW + 2
+    assert machine.take_overdue(NOW + 3) == [lost[1], waiting[0]]
+    assert list(machine.unsent()) == [lost[0], lost[2], waiting[1]]
+    assert machine.next_deadline() == NOW + 4
+    machine.withdraw(lost[0])
+    assert machine.take_overdue(NOW + 4) == [waiting[1]]
+    assert list(machine.unsent()) == [lost[2]]
+    assert machine.waiting == 1
+    assert machine.next_deadline() == NOW + 6
+
+
+def test_what_was_withdrawn_between_others_is_not_overdue() -> None:
+    machine = machine_with()
+    first, second, third = waiting_in(machine, *[statement(deadline=NOW + number) for number in range(3)])
+    machine.withdraw(second)
+    assert machine.take_overdue(NOW + 1) == [first]
+    assert machine.waiting == 1
+    assert list(machine.unsent()) == [third]
 
 
 def test_what_was_withdrawn_has_no_deadline() -> None:
