@@ -130,6 +130,18 @@ def check_timeout(option: str, value: object) -> None:
         _check_seconds(option, value, none_means="to wait for ever")
 
 
+def check_one_shot(timeout: object, retry: object, binary: object, row_factory: object) -> None:
+    """Raise TypeError or ValueError for a wrong keyword of a one-shot statement, before it is sent."""
+    if timeout is not None:
+        _check_seconds("timeout", timeout, positive=True, none_means="for no limit beyond acquire_timeout")
+    if retry is not False:
+        check_bool("retry", retry)
+    if binary is not False:
+        check_bool("binary", binary)
+    if row_factory is not None and not callable(row_factory):
+        raise TypeError(f"row_factory must be a callable, as psycopg's are, not {shown(row_factory)}")
+
+
 def _check_int(option: str, value: object, *, at_least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{option} must be an int, not {shown(value)}")

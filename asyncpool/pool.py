@@ -33,6 +33,7 @@ from .config import (
     PoolConfig,
     check_bool,
     check_connection_options,
+    check_one_shot,
     check_sizes,
     check_timeout,
     shown,
@@ -332,8 +333,9 @@ class Pool(Generic[C]):
 
         Raises psycopg's errors for this statement alone; psycopg.ProgrammingError for a command that needs a connection
         of its own; PoolTimeout, PoolClosed, TooManyWaiting and PoolDeadlock if it was not sent; StatementTimeout and
-        StatementOutcomeUnknown if it was, and nobody knows its end. A cancellation returns at once: what was not sent
-        is never sent, what was sent is executed, and its result dropped.
+        StatementOutcomeUnknown if it was, and nobody knows its end. After a cancellation what was not sent is never
+        sent. Of what was sent nobody knows the end either: it is executed, and its result dropped; or, if it is one
+        that is known to be slow and has a connection of its own, the server is asked to cancel it.
         """
         return (await self._one_shot(query, params, timeout, retry)).status_message()
 
@@ -372,7 +374,7 @@ class Pool(Generic[C]):
         """As `execute`, but all rows, made by `row_factory` or the pool's; none of a statement without a result.
         `binary` asks for the binary format. Many rows are made in turns with other tasks' work.
         """
-        statement = await self._one_shot(query, params, timeout, retry, binary)
+        statement = await self._one_shot(query, params, timeout, retry, binary, row_factory)
         return await rows_of(statement, row_factory)
 
     @overload
@@ -408,7 +410,7 @@ class Pool(Generic[C]):
         binary: bool = False,
     ) -> Any:
         """As `fetch`, but the first row, or None."""
-        return (await self._one_shot(query, params, timeout, retry, binary)).row(row_factory)
+        return (await self._one_shot(query, params, timeout, retry, binary, row_factory)).row(row_factory)
 
     async def fetchval(
         self,
@@ -435,13 +437,18 @@ class Pool(Generic[C]):
         return await run_many(acquisition, query, params_seq)
 
     def _one_shot(
-        self, query: Query, params: Params | None, timeout: float | None, retry: bool, binary: bool = False
+        self,
+        query: Query,
+        params: Params | None,
+        timeout: float | None,
+        retry: bool,
+        binary: bool = False,
+        row_factory: Any = None,
     ) -> TaskOneShot:
         runner = self._runner
         if runner is None:
             raise self._not_open()
-        if timeout is not None:
-            check_timeout("timeout", timeout)
+        check_one_shot(timeout, retry, binary, row_factory)
         return one_shot(runner, query, params, timeout, retry=retry, binary=binary)
 
     # --- administration -------------------------------------------------------------------------------------
@@ -489,7 +496,7 @@ class Pool(Generic[C]):
             waiting=runner.waiting if machine is not None and runner is not None else 0,
             acquires=totals.acquires if totals is not None else 0,
             timeouts=totals.timeouts + runner.multiplexer.timeouts if totals is not None and runner is not None else 0,
-            one_shots=runner.multiplexer.answered if runner is not None else 0,
+            one_shots=runner.multiplexer.answered + runner.multiplexer.answered_in_threads if runner is not None else 0,
             connects=totals.connects if totals is not None else 0,
             connect_errors=totals.connect_errors if totals is not None else 0,
             abandoned=self._driver.abandoned,

@@ -33,7 +33,7 @@ from ._io.loop_thread import LoopThread, check_not_finalizing
 from ._io.session import IDLE, NOT_LEASED, SEVERED
 from ._io.statement import OneShot, pace_of
 from ._io.watch import WATCH_STALENESS
-from .config import check_timeout, is_true, shown
+from .config import check_one_shot, check_timeout, is_true, shown
 from .errors import CommitOutcomeUnknown, PoolError, PoolTimeout
 from .events import CloseReason, CommitStatus, Holder, PoolStats
 from .options import BlockingOptions
@@ -390,7 +390,7 @@ class SyncPool(Generic[C]):
         """Run one statement in a transaction of its own, on a connection that other threads' statements are under way
         on too; what the server says of it: `INSERT 0 1`. As `Pool.execute`, which says what it raises.
 
-        After Ctrl-C what was not sent is never sent; what was sent is executed, and its result dropped.
+        After Ctrl-C what was not sent is never sent; of what was sent nobody knows the end.
         """
         return self._one_shot(query, params, timeout, retry).status_message()
 
@@ -429,7 +429,7 @@ class SyncPool(Generic[C]):
         """As `execute`, but all rows, made by `row_factory` or the pool's; none of a statement without a result.
         `binary` asks for the binary format.
         """
-        statement = self._one_shot(query, params, timeout, retry, binary)
+        statement = self._one_shot(query, params, timeout, retry, binary, row_factory)
         rows = statement.rows(row_factory)
         if rows is None:
             rows = []
@@ -470,7 +470,7 @@ class SyncPool(Generic[C]):
         binary: bool = False,
     ) -> Any:
         """As `fetch`, but the first row, or None."""
-        return self._one_shot(query, params, timeout, retry, binary).row(row_factory)
+        return self._one_shot(query, params, timeout, retry, binary, row_factory).row(row_factory)
 
     def fetchval(
         self,
@@ -496,15 +496,20 @@ class SyncPool(Generic[C]):
             return max(0, cursor.rowcount)
 
     def _one_shot(
-        self, query: Query, params: Params | None, timeout: float | None, retry: bool, binary: bool = False
+        self,
+        query: Query,
+        params: Params | None,
+        timeout: float | None,
+        retry: bool,
+        binary: bool = False,
+        row_factory: Any = None,
     ) -> OneShot:
         if _get_running_loop() is not None:
             self._warn_of_loop()
         runner = self._pool._runner
         if runner is None:
             runner = self._open_runner()
-        if timeout is not None:
-            check_timeout("timeout", timeout)
+        check_one_shot(timeout, retry, binary, row_factory)
         frame = _getframe(2)
         statement = ThreadOneShot(query, params, timeout, retry=retry, binary=binary)
         runner.submissions.run(statement, frame.f_code, frame.f_lasti)

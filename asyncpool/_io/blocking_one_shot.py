@@ -162,7 +162,8 @@ class Submissions:
         finally:
             session.in_transaction = False  # nothing but this statement, whose error says what there is to say
         statement.is_sent = True
-        self._runner.multiplexer.answered += 1
+        with self._runner.machine.lock:
+            self._runner.multiplexer.answered_in_threads += 1
         return None
 
     def _cancel(self, connection: PooledBlockingConnection, session: Session, running: Any) -> StatementTimeout:

@@ -20,7 +20,7 @@ from .._core.policy import NEVER
 from .._core.queue import GroupWaiter
 from .._core.slot import Slot
 from .._core.states import PoolPhase
-from ..errors import StatementOutcomeUnknown, StatementTimeout
+from ..errors import PoolClosed, StatementOutcomeUnknown, StatementTimeout
 from ..events import CloseReason
 from .connection import Leased
 from .leases import LEASED, logger
@@ -65,7 +65,8 @@ class Multiplexer:
         self._loop = runner.loop
         self._lanes = LaneMachine(limit)
         self.paces = Paces()
-        self.answered = 0  # statements so far
+        self.answered = 0  # statements so far, on lanes and in tasks
+        self.answered_in_threads = 0  # those that had a lease
         self.timeouts = 0
         self._requests: set[GroupWaiter] = set()
         self._alone: dict[Lane, int] = {}  # those of statements that have a lease of their own, and their sockets
@@ -310,11 +311,13 @@ class Multiplexer:
         now = monotonic()
         statements = cast("list[OneShot]", self._lanes.take_unsent())
         if refusal is Refusal.DEADLOCK:
+            # One is enough for the others to go on: the last that came, as with those who wait for a lease.
             holders = {id(slot.owner()) for slot in self._runner.machine.leases() if slot.owner is not None}
+            last = next(statement for statement in reversed(statements) if id(statement.owner) in holders)
             for statement in statements:
-                if id(statement.owner) not in holders:
+                if statement is not last:
                     self._lanes.enqueue(statement)
-            statements = [statement for statement in statements if id(statement.owner) in holders]
+            statements = [last]
         for statement in statements:
             self._fail(statement, refusal, statement.began)
         if self._lanes.waiting:
@@ -400,7 +403,8 @@ class Multiplexer:
         name = self._runner.config.name
         if not isinstance(error, e.Error):
             logger.error("%s: a bug in asyncpool: a lane failed", name, exc_info=error)
-        cause = lane.pipe.last_words or error
+        is_closed = self._runner.phase in (PoolPhase.CLOSING, PoolPhase.CLOSED)
+        cause = lane.pipe.last_words or (PoolClosed(f"{name} was closed") if is_closed else error)
         again: list[Statement] = []
         now = monotonic()
         limit = self._runner.config.acquire_timeout

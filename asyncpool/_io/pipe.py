@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,7 @@ from psycopg.adapt import Transformer
 from psycopg.waiting import Ready, Wait
 
 from .._core.lanes import Lane, Pace, Statement
+from ..config import shown
 from .connection import Leased
 from .libpq import find_send_sync
 from .one_shot_rules import needs_session, remedy
@@ -44,6 +45,9 @@ _NOT_EXECUTED = {b"26000": b"FetchPreparedStatement", b"0A000": b"RevalidateCach
 # Of a write on a server that takes none.
 _READ_ONLY = b"25006"
 
+# What psycopg tells the server with its BEGIN.
+_OF_TRANSACTIONS = ("isolation_level", "read_only", "deferrable")
+
 # What the protocol can count of a statement's parameters.
 MAX_PARAMETERS = 65535
 
@@ -71,6 +75,7 @@ class Pipe:
         self._pgconn = session.pgconn
         self.row_factory: Any = connection.row_factory
         self._pool_name: str = cast(Any, connection._pool).name
+        self._unheeded = "" if connection.autocommit else _set_for_transactions(connection)
         self._prepared = connection._prepared
         self.transformer = Transformer(connection)
         self._query_class = _query_class(connection)
@@ -110,7 +115,7 @@ class Pipe:
         try:
             query = self._convert(statement)
         except Exception as error:  # of whatever kind: adapters may be the user's
-            statement.fail(error)
+            statement.fail(_explained(error, statement))
             return False
         if self._prepared._to_flush:
             self._deallocate(now)
@@ -119,6 +124,12 @@ class Pipe:
         return True
 
     def _convert(self, statement: OneShot) -> PostgresQuery:
+        if self._unheeded:
+            raise ProgrammingError(
+                f"{self._pool_name}: {self._unheeded}, as configure has set it, holds for transactions that psycopg"
+                " begins, not for one-shot statements: use pool.acquire(), or have the server know it"
+                " (options='-c default_transaction_read_only=on' and the like)"
+            )
         text, params = statement.query, statement.params
         converted = None
         if isinstance(text, (str, bytes)) and len(text) <= _MAX_LENGTH:
@@ -324,6 +335,24 @@ def run_alone(pipe: Pipe, statement: OneShot) -> PQGen[None]:
     except BaseException:
         pgconn.finish()  # nobody knows where it stands
         raise
+
+
+def _set_for_transactions(connection: Leased) -> str:
+    """Which of these is set; empty if none."""
+    return next((name for name in _OF_TRANSACTIONS if getattr(connection, name) is not None), "")
+
+
+def _explained(error: Exception, statement: OneShot) -> Exception:
+    """The error of a statement that could not be made PostgreSQL's, with what it means here."""
+    params: object = statement.params
+    query = statement.query
+    if isinstance(error, TypeError) and params is not None and not isinstance(params, (Sequence, Mapping)):
+        return TypeError(f"params must be a sequence or a mapping, such as (1,) for one value, not {shown(params)}")
+    if isinstance(error, ProgrammingError) and isinstance(query, (str, bytes)):
+        text = query if isinstance(query, str) else query.decode(errors="replace")
+        if "$1" in text:
+            error.add_note("the placeholders are psycopg's: %s or %(name)s")
+    return error
 
 
 def _query_class(connection: Leased) -> type[PostgresQuery]:

@@ -130,8 +130,14 @@ class OneShot(Statement):
         result = self.result
         assert result is not None
         if result.status not in _FINE:
-            raise e.error_from_result(result, encoding=self.pipe.transformer.encoding)
+            raise self._error_of(result)
         return result
+
+    def _error_of(self, result: PGresult) -> e.Error:
+        error = e.error_from_result(result, encoding=self.pipe.transformer.encoding)
+        if error.sqlstate == "42601" and error.diag.source_function == "exec_parse_message":
+            error.add_note("a one-shot statement is one command: use pool.acquire() for several in one string")
+        return error
 
     # --- rows -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,91 @@
+"""What one-shot statements are given wrongly, and what they do not heed: told at once, with the remedy."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+
+from asyncpool import Pool, PoolDeadlock
+
+if TYPE_CHECKING:
+    from kit.servers import Admin
+
+pytestmark = pytest.mark.usefixtures("no_bug_reported")
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"timeout": 0}, ValueError, "timeout must be .* greater than 0"),
+    ({"timeout": "5"}, TypeError, "timeout must be a number of seconds"),
+    ({"retry": "yes"}, TypeError, "retry must be True or False"),
+    ({"binary": 1}, TypeError, "binary must be True or False"),
+    ({"row_factory": 5}, TypeError, "row_factory must be a callable"),
+    ({"params": 5}, TypeError, r"params must be a sequence or a mapping, such as \(1,\)"),
+    ({"query": 5}, TypeError, "query must be a str"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "words"), WRONG)
+@pytest.mark.parametrize("lanes", [0, 2])
+async def test_a_wrong_argument_is_named(
+    dsn: str, lanes: int, wrong: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    async with Pool(dsn, lanes=lanes) as pool:
+        with pytest.raises(error, match=words):
+            await pool.fetch(**{"query": "select %s", "params": (1,), **wrong})
+        assert await pool.fetchval("select 1") == 1
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+@pytest.mark.parametrize(
+    ("query", "params", "note"),
+    [("select $1::int", (1,), "the placeholders are psycopg's"), ("select 1; select 2", None, "one command")],
+)
+async def test_what_other_drivers_take_gets_a_note(
+    dsn: str, lanes: int, query: str, params: tuple[int, ...] | None, note: str
+) -> None:
+    async with Pool(dsn, lanes=lanes) as pool:
+        with pytest.raises(psycopg.ProgrammingError) as told:
+            await pool.fetch(query.encode(), params)
+        assert any(note in each for each in told.value.__notes__)
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+@pytest.mark.parametrize("setting", ["read_only", "deferrable", "isolation_level"])
+async def test_what_holds_for_psycopgs_transactions_only_is_not_passed_over_in_silence(
+    dsn: str, lanes: int, setting: str
+) -> None:
+    async def configure(conn: psycopg.AsyncConnection[Any]) -> None:
+        value: Any = psycopg.IsolationLevel.SERIALIZABLE if setting == "isolation_level" else True
+        await getattr(conn, f"set_{setting}")(value)
+
+    async with Pool(dsn, lanes=lanes, configure=configure) as pool:
+        with pytest.raises(psycopg.ProgrammingError, match=rf"{setting}, as configure has set it.*pool\.acquire\(\)"):
+            await pool.execute("select 1")
+    async with Pool(dsn, lanes=lanes, configure=configure, autocommit=True) as pool:
+        assert await pool.fetchval("select 1") == 1  # where psycopg passes it over as well
+
+
+async def test_what_the_server_knows_of_transactions_holds_for_one_shot_statements(dsn: str, table: str) -> None:
+    async with Pool(dsn, options="-c default_transaction_read_only=on") as pool:
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            await pool.execute(f"insert into {table} values (1)".encode())
+
+
+@pytest.mark.parametrize("lanes", [0, 1, 2, 8])
+@pytest.mark.parametrize("size", [1, 2, 3])
+async def test_a_circle_of_statements_and_leases_costs_one_of_them(
+    dsn: str, admin: Admin, application_name: str, lanes: int, size: int
+) -> None:
+    all_hold_one = asyncio.Barrier(size)
+
+    async def hold_and_ask() -> int:
+        async with pool.acquire():
+            await all_hold_one.wait()
+            return int(await pool.fetchval("select 1"))
+
+    async with Pool(dsn, max_size=size, lanes=lanes) as pool:
+        outcomes = await asyncio.gather(*(hold_and_ask() for _ in range(size)), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes if outcome != 1] == [PoolDeadlock]
+        assert admin.sessions(application_name) <= size
