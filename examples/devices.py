@@ -1,7 +1,7 @@
-"""300 devices store their readings through 8 connections, and one of them sends nonsense.
+"""300 devices store their readings through 8 connections at most, and one of them sends nonsense.
 
-Every device is a task that waits in the pool's queue for its turn. The reading that the server refuses rolls
-back its own block, and nobody else's.
+Every device is a task, and every reading a one-shot statement, a transaction of its own. The reading that the server
+refuses is an error to its device, and to nobody else.
 """
 
 import asyncio
@@ -23,8 +23,7 @@ async def run_device(pool: Pool[AsyncConnection], device: int) -> int:
     for number in range(READINGS_EACH):
         celsius = 1000 if device == BROKEN_DEVICE and number % 2 else 20 + number / 10
         try:
-            async with pool.acquire() as conn:
-                await conn.execute("insert into example_readings (device, celsius) values (%s, %s)", (device, celsius))
+            await pool.execute("insert into example_readings (device, celsius) values (%s, %s)", (device, celsius))
             stored += 1
         except psycopg.errors.CheckViolation:
             print(f"device {device}: {celsius} °C is no reading")
@@ -33,24 +32,20 @@ async def run_device(pool: Pool[AsyncConnection], device: int) -> int:
 
 async def main(url: str) -> None:
     async with Pool(url, min_size=1, max_size=8, application_name="devices example") as pool:
-        async with pool.acquire() as conn:
-            await conn.execute("drop table if exists example_readings")
-            await conn.execute(
-                "create table example_readings"
-                " (device int, celsius float check (celsius < 200), at timestamptz default now())"
-            )
+        await pool.execute("drop table if exists example_readings")
+        await pool.execute(
+            "create table example_readings"
+            " (device int, celsius float check (celsius < 200), at timestamptz default now())"
+        )
         try:
             stored = await asyncio.gather(*(run_device(pool, device) for device in range(DEVICES)))
-            async with pool.acquire() as conn:
-                cursor = await conn.execute("select count(*) from example_readings")
-                (rows,) = await cursor.fetchone() or (0,)
+            rows = await pool.fetchval("select count(*) from example_readings")
             stats = pool.stats()
             print(f"{sum(stored)} readings acknowledged, {rows} rows, {stats.connects} connections opened")
             assert rows == sum(stored) == DEVICES * READINGS_EACH - READINGS_EACH // 2
             assert stats.connects <= 8
         finally:
-            async with pool.acquire() as conn:
-                await conn.execute("drop table example_readings")
+            await pool.execute("drop table example_readings")
 
 
 with server_at_hand() as url:

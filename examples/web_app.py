@@ -1,4 +1,4 @@
-"""A FastAPI service: the pool lives as long as the application, a request borrows a connection.
+"""A FastAPI service: the pool lives as long as the application; a request borrows a connection, or has one statement run.
 
 Here a client in the same process sends the requests. As a service:
 `uvicorn --factory examples.web_app:create_app`, with DATABASE_URL set.
@@ -50,6 +50,11 @@ def create_app(url: str | None = None) -> FastAPI:
         assert row is not None
         return {"square": row[0]}
 
+    @app.get("/double/{number}")
+    async def double(number: int) -> dict[str, int]:
+        pool: Pool[AsyncConnection] = app.state.pool
+        return {"double": await pool.fetchval("select %s::bigint * 2", (number,), timeout=2)}
+
     @app.get("/health")
     async def health(request: Request) -> dict[str, int]:
         stats = request.app.state.pool.stats()
@@ -67,7 +72,9 @@ async def main(url: str) -> None:
     ):
         answers = await asyncio.gather(*(client.get(f"/square/{number}") for number in range(50)))
         assert [answer.json()["square"] for answer in answers] == [number * number for number in range(50)]
-        print("50 requests answered;", (await client.get("/health")).json())
+        answers = await asyncio.gather(*(client.get(f"/double/{number}") for number in range(50)))
+        assert [answer.json()["double"] for answer in answers] == [2 * number for number in range(50)]
+        print("100 requests answered;", (await client.get("/health")).json())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from asyncpool.cli.rounds import RoundResult
 
-HEADINGS = ("round", "payloads/s", "p50 ms", "p99 ms", "sessions opened", "refused", "sent again")
+HEADINGS = ("round", "payloads/s", "p50 ms", "p99 ms", "sessions", "refused", "resent")
 
 
 def table(results: Sequence[RoundResult]) -> str:

@@ -112,7 +112,7 @@ class ConnectionPerPayload(Round):
     """Every payload logs in, is stored, and leaves."""
 
     number = 1
-    title = "a connection per payload"
+    title = "connection per payload"
 
     @asynccontextmanager
     async def store(self) -> AsyncIterator[Store]:
@@ -158,7 +158,7 @@ class OneShots(Pooled):
     """Every payload is a one-shot statement."""
 
     number = 3
-    title = "the pool's one-shots"
+    title = "one-shot statements"
 
     async def store_in(self, pool: Pool, payload: Payload) -> None:
         """Store a payload through the pool."""
@@ -169,7 +169,7 @@ class PooledAndTerminated(Pooled):
     """The pool again; half-way the server ends every session of it."""
 
     number = 4
-    title = "the pool, its sessions ended half-way"
+    title = "sessions ended half-way"
 
     @asynccontextmanager
     async def store(self) -> AsyncIterator[Store]:

@@ -110,7 +110,7 @@ def test_what_is_not_a_terminal_gets_plain_lines_and_a_table() -> None:
     assert (process.returncode, errors) == (0, "")
     assert "\x1b" not in output
     assert "\r" not in output
-    assert re.search(r"^round +payloads/s +p50 ms +p99 ms +sessions opened", output, re.MULTILINE)
+    assert re.search(r"^round +payloads/s +p50 ms +p99 ms +sessions +refused +resent", output, re.MULTILINE)
     assert output.count("200 of 200 payloads acknowledged, 200 rows in the table") == 4
 
 
