@@ -87,6 +87,35 @@ def test_waiters_too_get_the_connection_that_was_idle_for_the_shortest_time() ->
     assert pool.acquire().slot is slots[2]
 
 
+def test_a_group_has_one_place_however_many_are_in_it_and_is_served_in_its_turn() -> None:
+    pool, [holder] = busy_pool(max_waiting=3)
+    waiters = [pool.acquire(), pool.acquire_for(*range(100)), pool.acquire()]
+    assert not pool.refused
+    for waiter in waiters:
+        assert waiter is pool.queue[0]
+        pool.release(holder)
+        assert waiter in pool.held
+        holder = waiter
+
+
+def test_a_group_without_members_keeps_its_place_until_it_is_withdrawn() -> None:
+    pool, [holder] = busy_pool()
+    group, another, last = pool.acquire_for(), pool.acquire_for(), pool.acquire()
+    pool.cancel(group)
+    pool.release(holder)
+    assert another.slot is not None
+    pool.cancel(another)
+    assert last.slot is not None
+
+
+def test_who_comes_behind_a_group_that_waits_for_ever_has_a_time_limit_of_its_own() -> None:
+    pool, _ = busy_pool()
+    group, waiter = pool.acquire_for("member"), pool.acquire(5)
+    pool.advance(5)
+    assert pool.refused == {waiter: Refusal.TIMEOUT}
+    assert pool.queue == [group]
+
+
 def test_a_cancelled_waiter_loses_its_place_and_no_other() -> None:
     pool, [holder] = busy_pool()
     first, second, third = (pool.acquire() for _ in range(3))
