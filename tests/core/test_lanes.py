@@ -634,6 +634,7 @@ def test_who_leaves_before_he_has_heard_that_his_statement_waits_no_longer_count
         machine.take_unsent()
     else:
         machine.take_overdue(NOW)
+    assert gone.is_enqueued is False
     waiting = waiting_in(machine, statement())
     machine.withdraw(gone)
     assert machine.waiting == 1
