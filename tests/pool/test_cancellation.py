@@ -184,7 +184,7 @@ async def test_a_statement_that_waits_for_another_tasks_statement_can_be_cancell
     """The one that runs is not disturbed."""
     async with Pool(dsn, max_size=1) as pool, pool.acquire() as conn:
         running = asyncio.create_task(conn.execute("select pg_sleep(0.3)"))
-        await eventually(lambda: is_asleep(admin, application_name))
+        await eventually(lambda: is_asleep(admin, application_name) or running.done())
         waiting = asyncio.create_task(conn.execute("select 1"))
         await asyncio.sleep(0)
         waiting.cancel()
