@@ -254,7 +254,7 @@ async def test_each_is_a_coroutine_that_sends_nothing_before_it_is_awaited(dsn: 
 async def test_a_pool_that_is_not_open_says_how_to_open_it(dsn: str, sender: str) -> None:
     pool = Pool(dsn)
     for _ in range(2):
-        with pytest.raises(PoolClosed, match="not open|closed"):
+        with pytest.raises(PoolClosed, match=r"not open|closed"):
             await getattr(pool, sender)("select 1")
         with pytest.raises(PoolClosed):
             await pool.executemany("select %s", [(1,)])
