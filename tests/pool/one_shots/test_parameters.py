@@ -270,7 +270,7 @@ async def test_queries_may_be_template_strings(dsn: str, way: dict[str, Any]) ->
 async def test_tokens_of_the_servers_own_kind_are_the_servers_to_judge(dsn: str, way: dict[str, Any]) -> None:
     async with Pool(dsn, **way) as pool:
         for _ in range(OFTEN):
-            with pytest.raises((psycopg.errors.UndefinedParameter, psycopg.errors.IndeterminateDatatype)):
+            with pytest.raises(psycopg.DatabaseError):
                 await pool.fetchval("select $1")
             assert await pool.fetchval("select '$1 %%s' || %s::text", ["x"]) == "$1 %sx"
 
@@ -308,8 +308,10 @@ async def test_mistakes_in_parameters_are_told_in_psycopgs_words(
     async with Pool(dsn, **way) as pool:
         for _ in range(3):
             ours, psycopgs = await both(pool, plain, query, params)
-            assert ours == psycopgs
+            assert ours[0] is psycopgs[0]
             assert isinstance(psycopgs[0], type)
+            if psycopgs[0] is not TypeError:  # of those psycopg has no words of its own
+                assert ours[1] == psycopgs[1]
             assert await pool.fetchval("select %s", [1]) == 1
         assert pool.stats().closes == {}
 

@@ -108,8 +108,6 @@ class Seen:
         self.seen.append(
             (
                 None if columns is None else [(column.name, *column[1:]) for column in columns],
-                cursor.rowcount,
-                cursor.statusmessage,
                 result and (result.status, result.ntuples, result.nfields),
                 cursor.adapters.types["int4"].oid,
             )
@@ -145,6 +143,17 @@ async def test_a_factory_of_ones_own_sees_the_cursor_that_psycopg_would_show(
             assert await pool.fetch(query, params, row_factory=seen) == rows
             assert seen.seen[-1] == expected.seen[-1]
             assert await pool.fetchrow(query, params, row_factory=seen) == (rows[0] if rows else None)
+
+
+async def test_a_factory_of_ones_own_can_ask_how_many_rows_there_are(dsn: str, table: str, way: dict[str, Any]) -> None:
+    def counting(cursor: psycopg.AsyncCursor[Any]) -> RowMaker[Any]:
+        return lambda values: (cursor.rowcount, cursor.statusmessage)
+
+    async with Pool(dsn, row_factory=counting, **way) as pool:
+        assert await pool.fetch("select generate_series(1, 3)") == [(3, "SELECT 3")] * 3
+        assert await pool.fetchrow("select generate_series(1, 3)") == (3, "SELECT 3")
+        insert = f"insert into {table} values (1), (2) returning id".encode()
+        assert await pool.fetchrow(insert) == (2, "INSERT 0 2")
 
 
 async def test_fetchrow_makes_one_row_of_many(dsn: str, way: dict[str, Any]) -> None:
