@@ -1,4 +1,4 @@
-"""A FastAPI service: the pool lives as long as the application; a request borrows a connection, or has one statement run.
+"""A FastAPI service: the pool lives as long as the application; a request borrows a connection, or just a statement.
 
 Here a client in the same process sends the requests. As a service:
 `uvicorn --factory examples.web_app:create_app`, with DATABASE_URL set.
