@@ -37,10 +37,12 @@ _WAIT_R = Wait.R
 _WAIT_RW = Wait.RW
 _NO, _SHOULD = Prepare.NO, Prepare.SHOULD
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
+_MESSAGE = pq.DiagnosticField.MESSAGE_PRIMARY
 _SOURCE_FUNCTION = pq.DiagnosticField.SOURCE_FUNCTION
 
 # The server's functions that find a prepared statement gone, or its result changed; before it was executed.
-_NOT_EXECUTED = {b"26000": b"FetchPreparedStatement", b"0A000": b"RevalidateCachedQuery"}
+_NO_STATEMENT = b"26000"
+_NOT_EXECUTED = {_NO_STATEMENT: b"FetchPreparedStatement", b"0A000": b"RevalidateCachedQuery"}
 
 # Of a write on a server that takes none.
 _READ_ONLY = b"25006"
@@ -301,8 +303,9 @@ class Pipe:
             not statement.name
             or statement.was_prepared_again
             or _NOT_EXECUTED.get(sqlstate) != (self._result.error_field(_SOURCE_FUNCTION) or b"")
+            or (sqlstate == _NO_STATEMENT and statement.name not in (self._result.error_field(_MESSAGE) or b""))
         ):
-            return False
+            return False  # that of a statement that a function has prepared is the function's error
         self._forget(statement)
         statement.was_prepared_again = True
         return statement.is_wanted

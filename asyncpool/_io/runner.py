@@ -242,7 +242,7 @@ class Runner:
         if refusal is Refusal.CLOSED:
             return PoolClosed(f"{name} is closed")
         if refusal is Refusal.TOO_MANY_WAITING:
-            return TooManyWaiting(f"{name}: {self.machine.waiting} callers are waiting, as max_waiting allows")
+            return TooManyWaiting(f"{name}: {self.waiting} callers are waiting, as max_waiting allows")
         if refusal is Refusal.DEADLOCK:
             return PoolDeadlock(
                 f"{name}: all {self.machine.size} connections are held by blocks that wait for another one, acquired at"

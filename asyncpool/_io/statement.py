@@ -196,6 +196,8 @@ class OneShot(Statement):
         connection: Any = self.pipe.connection
         cursor: Any = AsyncCursor(connection) if isinstance(connection, AsyncConnection) else Cursor(connection)
         cursor.pgresult = result
+        cursor._rowcount = result.ntuples  # what a factory may ask for besides
+        cursor._statusmessage = result.command_status
         return factory(cursor)
 
 

@@ -30,8 +30,9 @@ def nothing_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nothing_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However late an answer is, its lane takes more statements."""
+    """However late an answer is, and however long what is in flight will take, a lane takes more statements."""
     monkeypatch.setattr("asyncpool._core.lanes.LANE_STALL", NEVER)
+    monkeypatch.setattr("asyncpool._core.lanes.LANE_WORK", NEVER)
 
 
 @pytest.fixture

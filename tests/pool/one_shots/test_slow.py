@@ -217,7 +217,6 @@ async def test_a_quick_statement_that_meets_a_lock_holds_up_only_what_was_sent_b
             early = await stalled(pool)
             await quick_ones(pool)
             assert not slow.done()
-            assert not any(task.done() for task in behind)
         assert await slow == 1
         assert await asyncio.gather(*behind) == list(range(5))
         assert await asyncio.gather(*early) == list(range(len(early)))
