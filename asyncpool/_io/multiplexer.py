@@ -120,11 +120,13 @@ class Multiplexer:
     def _give_up(self, lane: OpenLane) -> None:
         """End a lane with its connection; in a turn of its own, as its generator may be running."""
         lane.is_leaving = True
+        lane.pipe.session.reader.stop_if_lost()
         self._loop.call_soon(self._sever, lane)
 
     def _sever(self, lane: OpenLane) -> None:
         if lane in self._lanes.lanes:
             lane.pipe.session.sever()
+            lane.pipe.session.reader.fail()  # libpq may have closed the socket by itself: no event will come
 
     def _must_yield(self) -> bool:
         """Whether others wait for a connection than those who would get it back for a lane."""
