@@ -20,6 +20,7 @@ from ..config import shown
 from .connection import Leased
 from .libpq import find_send_sync
 from .one_shot_rules import needs_session, remedy
+from .reader import BAD
 from .session import Session
 from .statement import OneShot
 
@@ -110,9 +111,10 @@ class Pipe:
         return bool(self.lane.in_flight or self.probed_at)
 
     def put(self, statement: OneShot, now: float) -> bool:
-        """Put a statement on the pipe, to be sent by the next flush. False if it cannot be, which its caller was told.
+        """Put a statement on the pipe, to be sent by the next flush. False if nothing was put there; the caller of one
+        that cannot be sent was told.
 
-        Raises psycopg.Error if the connection is lost, or of no use any more: then the statement was not sent.
+        Raises psycopg.Error if the connection is lost: then the statement was not sent.
         """
         try:
             query = self._convert(statement)
@@ -121,8 +123,18 @@ class Pipe:
             return False
         if self._prepared._to_flush:
             self._deallocate(now)
-        self._send(statement, query)
-        self.lane.sent(statement, now)
+        try:
+            self._send(statement, query)
+        except Exception as error:
+            if self._pgconn.status == BAD:
+                raise
+            # The statement's own fault: a dumper that returns no bytes, or more of them than libpq takes. Its Parse may
+            # be under way, and is to have its Sync.
+            self._sync()
+            self.lane.sent(OneShot.of_pool(_OWN), now)
+            statement.fail(error)
+        else:
+            self.lane.sent(statement, now)
         return True
 
     def _convert(self, statement: OneShot) -> PostgresQuery:
