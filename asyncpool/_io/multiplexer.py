@@ -96,9 +96,12 @@ class Multiplexer:
         try:
             if not lane.pipe.put(statement, now):
                 return
-        except Exception:  # of whatever kind: where the connection stands now nobody knows
-            self._lanes.enqueue_again([statement])
+        except BaseException as error:  # the connection is lost; or Ctrl-C, in the midst of anything
+            if not statement.is_sent:
+                self._lanes.enqueue_again([statement])
             self._give_up(lane)
+            if not isinstance(error, Exception):
+                raise
             return
         lane.unflushed += 1
         if self._timer is None:
@@ -403,7 +406,7 @@ class Multiplexer:
         self._lanes.lanes.remove(lane)
         error = future.exception()
         name = self._runner.config.name
-        if not isinstance(error, e.Error):
+        if isinstance(error, Exception) and not isinstance(error, e.Error):
             logger.error("%s: a bug in asyncpool: a lane failed", name, exc_info=error)
         is_closed = self._runner.phase in (PoolPhase.CLOSING, PoolPhase.CLOSED)
         cause = lane.pipe.last_words or (PoolClosed(f"{name} was closed") if is_closed else error)
@@ -423,6 +426,8 @@ class Multiplexer:
         self._fill_all(now)
         if self._lanes.waiting:
             self._watch(now)
+        if error is not None and not isinstance(error, Exception):
+            raise error  # Ctrl-C has struck where a lane was served: that is the event loop's
 
     # --- the end --------------------------------------------------------------------------------------------
 
