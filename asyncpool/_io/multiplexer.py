@@ -26,7 +26,7 @@ from .connection import Leased
 from .leases import LEASED, logger
 from .pipe import Pipe
 from .reader import READ, poll_ready
-from .session import Session
+from .session import NOT_LEASED, Session
 from .site import LANE
 from .statement import OneShot
 
@@ -336,7 +336,7 @@ class Multiplexer:
         slot.owner = None  # it goes back whatever its users do
         session.site_code = LANE
         session.connection = session.granted_to = None
-        session.lease = slot.uses
+        session.lease = NOT_LEASED  # for whoever has kept the object after its release
         lane = OpenLane(slot, connection, session)
         try:
             lane.pipe.enter()
