@@ -14,7 +14,7 @@ from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, cast, overload
 
 import psycopg
-from psycopg import Connection, Cursor
+from psycopg import Connection, Cursor, RawCursor
 from psycopg.abc import Params, Query
 from psycopg.rows import RowFactory, TupleRow
 
@@ -30,6 +30,7 @@ from ._io.connection import RELEASED, UNUSABLE, PooledBlockingConnection
 from ._io.leases import Leases, logger
 from ._io.locked_machine import ensure_stack
 from ._io.loop_thread import LoopThread, check_not_finalizing
+from ._io.pipe import has_raw_cursors
 from ._io.session import IDLE, NOT_LEASED, SEVERED
 from ._io.statement import OneShot, pace_of
 from ._io.watch import WATCH_STALENESS
@@ -491,7 +492,7 @@ class SyncPool(Generic[C]):
         pace_of(Paces(), query, self.name)
         frame = _getframe(1)
         with self._acquisition(DEFAULT, frame.f_code, frame.f_lasti) as connection, connection.transaction():
-            cursor = Cursor(connection)
+            cursor = (RawCursor if has_raw_cursors(connection) else Cursor)(connection)
             cursor.executemany(query, params_seq)
             return max(0, cursor.rowcount)
 

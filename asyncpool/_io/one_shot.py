@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from psycopg import AsyncCursor
+from psycopg import AsyncCursor, AsyncRawCursor
 from psycopg import errors as e
 from psycopg.abc import Params, Query
 
@@ -18,7 +18,7 @@ from ..errors import StatementOutcomeUnknown, StatementTimeout
 from .acquisition import Acquisition, current_task
 from .connection import PooledConnection
 from .multiplexer import outcome_unknown
-from .pipe import Pipe, run_alone
+from .pipe import Pipe, has_raw_cursors, run_alone
 from .reader import BAD
 from .statement import BINARY, TEXT, OneShot, pace_of
 
@@ -155,7 +155,7 @@ async def _limited(name: str, deadline: float | None) -> AsyncIterator[None]:
 async def run_many(acquisition: Acquisition[Any], query: Query, params_seq: Iterable[Params]) -> int:
     """Run a statement for each set of parameters, in one transaction: how many rows that has changed."""
     async with acquisition as connection, connection.transaction():
-        cursor = AsyncCursor(connection)
+        cursor = (AsyncRawCursor if has_raw_cursors(connection) else AsyncCursor)(connection)
         await cursor.executemany(query, params_seq)
         return max(0, cursor.rowcount)
 

@@ -370,10 +370,14 @@ def _explained(error: Exception, statement: OneShot) -> Exception:
     return error
 
 
+def has_raw_cursors(connection: Any) -> bool:
+    """Whether the connection's cursors are of psycopg's raw ones, which have $1 for placeholders."""
+    return issubclass(getattr(connection.cursor_factory, "_query_cls", PostgresQuery), PostgresRawQuery)
+
+
 def _query_class(connection: Leased) -> type[PostgresQuery]:
-    """The converter of the connection's cursors: that of psycopg's raw ones has $1 for placeholders."""
-    wanted = getattr(connection.cursor_factory, "_query_cls", PostgresQuery)
-    return wanted if issubclass(wanted, PostgresRawQuery) else PostgresQuery
+    """The converter of the connection's cursors, if they are raw ones; else that of the ordinary ones."""
+    return connection.cursor_factory._query_cls if has_raw_cursors(connection) else PostgresQuery
 
 
 def _sync_of(session: Session) -> Callable[[], object]:
