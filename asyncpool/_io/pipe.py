@@ -235,8 +235,7 @@ class Pipe:
             now = monotonic()
             self.lane.answered(answered, self._began, now)
             self._began = now
-            for statement in again:
-                self._put_again(statement, now)
+            self._put_again(again, now)
         if lost is not None:
             raise lost
         self._pass_on_notifies()
@@ -276,12 +275,14 @@ class Pipe:
             if self._pgconn.notify_handler is not None:
                 self._pgconn.notify_handler(notify)
 
-    def _put_again(self, statement: OneShot, now: float) -> None:
-        try:
-            self.put(statement, now)
-        except Exception as error:
-            statement.fail(error)
-            raise
+    def _put_again(self, statements: list[OneShot], now: float) -> None:
+        for position, statement in enumerate(statements):
+            try:
+                self.put(statement, now)
+            except Exception as error:
+                for unsent in statements[position:]:
+                    unsent.fail(OperationalError(str(error)))
+                raise
 
     def _take(self, result: PGresult, status: int) -> None:
         """A result of the statement in front; the first error is the one that counts, else the last one."""
