@@ -18,7 +18,7 @@ from .._core.lanes import Lane, Pace
 from ..errors import PoolClosed, PoolError, StatementTimeout
 from .blocking_acquisition import BlockingAcquisition
 from .connection import PooledBlockingConnection
-from .locked_machine import current
+from .locked_machine import current, ensure_stack
 from .loop_thread import OWN_THREAD, check_not_finalizing
 from .one_shot import what_was_lost
 from .pipe import Pipe, run_alone
@@ -82,6 +82,7 @@ class Submissions:
         check_not_finalizing(name)
         if runner.must_not_wait():
             raise PoolError(f"{name}: {OWN_THREAD}")
+        ensure_stack()  # who announces must not fail half-way: all others would wait for what is never announced
         try:
             self._statements.append(statement)
             if not self._is_announced:
