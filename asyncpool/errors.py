@@ -72,7 +72,7 @@ class CommitOutcomeUnknown(TransactionResolutionUnknown):
 class StatementOutcomeUnknown(TransactionResolutionUnknown):
     """A one-shot statement was sent, and the connection lost before its answer: it was executed, or not. An
     OperationalError with SQLSTATE 08007, with the connection's error as its `__cause__`; any other error of a one-shot
-    statement means that it has done nothing.
+    statement means that it has done nothing, but for what commits by itself (a procedure with COMMIT in it).
 
     No PoolError, because after one of those nothing was done. Statements that only read can be declared with
     `retry=True`: they are sent again.

@@ -269,12 +269,17 @@ class LaneMachine:
     def wants_lane(self, requested: int) -> bool:
         """Whether a further lane is to be asked for, when so many wait for their connection."""
         self._drop_unwanted()
-        if not self._unsent:
+        if requested >= self.waiting:
             return False
-        is_quick = (self._unsent[0].pace.average or 0.0) < WORTH_A_LANE
-        limit = min(QUICK_LANES, self.limit) if is_quick else self.limit
+        limit = min(QUICK_LANES, self.limit) if self._is_quick(self._unsent[0].pace) else self.limit
         counted = sum(not (lane.is_leaving or lane.is_stalled) for lane in self.lanes)
         return counted + requested < limit
+
+    def _is_quick(self, pace: Pace) -> bool:
+        """Whether further lanes would be of no use; also where it is just being found out how long they take."""
+        if pace.average is None:
+            return any(lane.in_flight and lane.in_flight[-1].pace is pace for lane in self.lanes)
+        return pace.average < WORTH_A_LANE
 
     def withdraw(self, statement: Statement) -> None:
         """Its caller is gone. Unsent it is never sent; sent, its result is dropped when it comes."""

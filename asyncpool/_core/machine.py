@@ -183,8 +183,8 @@ class PoolMachine:
         if self.phase not in (PoolPhase.OPENING, PoolPhase.OPEN):
             return (Refuse(waiter, Refusal.CLOSED),)
         max_waiting = self._config.max_waiting
-        if max_waiting is not None and len(self.waiters) >= max_waiting:
-            return self._turn_away(waiter, now)
+        if max_waiting is not None and len(self.waiters) >= max_waiting and not isinstance(waiter, GroupWaiter):
+            return self._turn_away(waiter, now)  # a group is counted by those who are in it
         self.waiters.append(waiter)
         deadline = waiter.deadline
         if self._idle or len(self._slots) < self.max_size or deadline <= now:

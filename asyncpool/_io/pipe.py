@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,9 +14,10 @@ from psycopg.abc import PQGen
 from psycopg.adapt import Transformer
 from psycopg.waiting import Ready, Wait
 
-from .._core.lanes import Lane, Pace, Statement
+from .._core.lanes import Lane, Statement
 from ..config import shown
 from .connection import Leased
+from .leases import logger
 from .libpq import find_send_sync
 from .one_shot_rules import needs_session, remedy
 from .reader import BAD
@@ -45,6 +45,9 @@ _SOURCE_FUNCTION = pq.DiagnosticField.SOURCE_FUNCTION
 _NO_STATEMENT = b"26000"
 _NOT_EXECUTED = {_NO_STATEMENT: b"FetchPreparedStatement", b"0A000": b"RevalidateCachedQuery"}
 
+# What the server says when a transaction was begun.
+_BEGUN = frozenset((b"BEGIN", b"START TRANSACTION"))
+
 # Of a write on a server that takes none.
 _READ_ONLY = b"25006"
 
@@ -60,9 +63,6 @@ _MAX_LENGTH = 4096
 
 # How often get_result() may have nothing to say when it was not busy.
 _MAX_NULLS = 3
-
-# The pool's own commands are answered to nobody.
-_OWN = Pace()
 
 
 class Pipe:
@@ -131,7 +131,7 @@ class Pipe:
             # The statement's own fault: a dumper that returns no bytes, or more of them than libpq takes. Its Parse may
             # be under way, and is to have its Sync.
             self._sync()
-            self.lane.sent(OneShot.of_pool(_OWN), now)
+            self.lane.sent(OneShot.of_pool(), now)
             statement.fail(error)
         else:
             self.lane.sent(statement, now)
@@ -217,7 +217,7 @@ class Pipe:
             command = b"DEALLOCATE ALL" if name is None else b"DEALLOCATE " + name
             self._pgconn.send_query_params(command, None)
             self._sync()
-            self.lane.sent(OneShot.of_pool(_OWN), now)
+            self.lane.sent(OneShot.of_pool(), now)
 
     # --- reading --------------------------------------------------------------------------------------------
 
@@ -273,7 +273,11 @@ class Pipe:
         """Take notifications: a lease may have left a LISTEN behind."""
         while (notify := self._pgconn.notifies()) is not None:
             if self._pgconn.notify_handler is not None:
-                self._pgconn.notify_handler(notify)
+                try:
+                    self._pgconn.notify_handler(notify)
+                except Exception:
+                    # Those whose statements are under way here have nothing to do with it.
+                    logger.exception("%s: a notify handler has failed", self._pool_name)
 
     def _put_again(self, statements: list[OneShot], now: float) -> None:
         for position, statement in enumerate(statements):
@@ -291,6 +295,9 @@ class Pipe:
         statement = cast(OneShot, self.lane.in_flight[0])
         if status in _COPY:
             raise OperationalError("a one-shot statement has begun a COPY, which has no end in a pipeline")
+        if status == _COMMAND_OK and result.command_status in _BEGUN:
+            # It was not seen in its text. What is behind it would be lost with that transaction.
+            raise OperationalError("a one-shot statement has begun a transaction")
         self._has_failed = status not in _FINE
         if statement.is_parsing:
             statement.is_parsing = False
@@ -387,4 +394,9 @@ def _sync_of(session: Session) -> Callable[[], object]:
     address: int | None = getattr(session.pgconn, "pgconn_ptr", None)  # public, but not in psycopg's protocol class
     if send_sync is None or not address:
         return session.pgconn.pipeline_sync
-    return partial(send_sync, address)
+
+    def sync() -> None:
+        if not send_sync(address):
+            raise OperationalError(session.pgconn.get_error_message())
+
+    return sync

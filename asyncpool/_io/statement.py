@@ -84,8 +84,10 @@ class OneShot(Statement):
     is_parsing: bool  # whether an answer to its Parse comes first
 
     @classmethod
-    def of_pool(cls, pace: Pace) -> OneShot:
+    def of_pool(cls) -> OneShot:
         """In the place of a command of the pool's own, to whose answer nobody listens."""
+        pace = Pace()
+        pace.note(0.0)  # what is known to take no time holds up nobody
         statement = cls(b"", None, pace, retry=False, result_format=TEXT)
         statement.is_wanted = statement.is_parsing = False
         statement.size = 0

@@ -277,9 +277,16 @@ class LaneMachineModel(RuleBasedStateMachine):
                 assert 1 <= one.sends <= MAX_SENDS
         counted = sum(not (flight.is_leaving or flight.is_stalled()) for flight in self.flights)
         enough = self.machine.limit
-        if self.unsent and (self.unsent[0].pace.average or 0.0) < WORTH_A_LANE:
+        if self.unsent and self.is_quick(self.unsent[0].pace):
             enough = min(enough, QUICK_LANES)
-        assert self.machine.wants_lane(self.requested) is (bool(self.unsent) and counted + self.requested < enough)
+        is_wanted = self.requested < len(self.unsent) and counted + self.requested < enough
+        assert self.machine.wants_lane(self.requested) is is_wanted
+
+    def is_quick(self, pace: Pace) -> bool:
+        """Further lanes are for what waits for something: as it is known, or as nobody is just finding out."""
+        if pace.average is None:
+            return any(flight.lane.in_flight and flight.lane.in_flight[-1].pace is pace for flight in self.flights)
+        return pace.average < WORTH_A_LANE
 
 
 TestLaneMachine = LaneMachineModel.TestCase

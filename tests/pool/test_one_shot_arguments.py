@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from asyncpool import Pool, PoolDeadlock
+from asyncpool import Pool, PoolDeadlock, StatementOutcomeUnknown
+from asyncpool._core.lanes import Pace
 
 if TYPE_CHECKING:
     from kit.servers import Admin
@@ -89,3 +90,46 @@ async def test_a_circle_of_statements_and_leases_costs_one_of_them(
         outcomes = await asyncio.gather(*(hold_and_ask() for _ in range(size)), return_exceptions=True)
         assert [type(outcome) for outcome in outcomes if outcome != 1] == [PoolDeadlock]
         assert admin.sessions(application_name) <= size
+
+
+# --- what comes from elsewhere ------------------------------------------------------------------------------
+
+
+async def test_a_transaction_that_slipped_in_is_noticed_before_anything_is_acknowledged_in_it(
+    dsn: str, admin: Admin, table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncpool._io.statement.needs_session", lambda query: None)
+    insert = f"insert into {table} values (%s)".encode()
+    async with Pool(dsn, lanes=1) as pool:
+        for number in range(3):
+            assert await pool.execute(insert, (number,)) == "INSERT 0 1"
+        # A text whose time is known: others are sent behind it.
+        pool._runner.multiplexer.paces.add("begin", Pace())  # type: ignore[union-attr]
+        pool._runner.multiplexer.paces.find("begin").note(0.0)  # type: ignore[union-attr]
+        outcomes = await asyncio.gather(
+            pool.execute("begin"), *(pool.execute(insert, (number,)) for number in range(3, 9)), return_exceptions=True
+        )
+        assert isinstance(outcomes[0], StatementOutcomeUnknown)
+        acknowledged = [number for number, outcome in enumerate(outcomes[1:], 3) if outcome == "INSERT 0 1"]
+        assert [
+            number for (number,) in admin.execute(f"select id from {table} where id > 2 order by id")
+        ] == acknowledged
+        assert await pool.fetchval("select 1") == 1
+
+
+async def test_a_notify_handler_that_fails_is_nobodys_error(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: psycopg.Notify) -> None:
+        raise LookupError("mine")
+
+    async def listen(conn: psycopg.AsyncConnection[Any]) -> None:
+        await conn.execute("listen readings")
+        await conn.commit()
+        conn.add_notify_handler(fail)
+
+    async with Pool(dsn, min_size=1, max_size=1, configure=listen) as pool:
+        for _ in range(3):
+            await pool.execute("notify readings")
+            assert await pool.fetchval("select 1") == 1
+        assert pool.stats().connects == 1
+    assert [record for record in caplog.records if "a notify handler has failed" in record.getMessage()]
+    caplog.clear()

@@ -302,9 +302,7 @@ async def test_a_timeout_that_is_over_in_the_moment_of_the_answer_is_one_or_the_
     assert pool.stats().closes == {}
 
 
-async def test_executemany_that_is_cancelled_does_nothing(
-    dsn: str, table: str, admin: Admin, gate: Gate
-) -> None:
+async def test_executemany_that_is_cancelled_does_nothing(dsn: str, table: str, admin: Admin, gate: Gate) -> None:
     insert = f"insert into {table} {INSERTED}".encode()
     async with Pool(dsn, max_size=1, cancel_timeout=LONG) as pool:
         pid = await pool.fetchval("select pg_backend_pid()")
