@@ -177,6 +177,7 @@ async def test_a_timeout_of_what_was_not_sent_is_a_pool_timeout(dsn: str, table:
                 pool.fetch(insert, timeout=SHORT),
                 pool.fetchrow(insert, timeout=SHORT),
                 pool.fetchval(insert, timeout=SHORT),
+                pool.execute(insert, timeout=0),
                 return_exceptions=True,
             )
             assert {type(outcome) for outcome in outcomes} == {PoolTimeout}

@@ -218,6 +218,21 @@ async def test_what_psycopg_refuses_is_told_to_its_caller_and_never_sent(
             assert isinstance(error, (psycopg.ProgrammingError, psycopg.DataError, TypeError, UnicodeError))
 
 
+@on_both_loops
+@pytest.mark.parametrize("mistake", MISTAKEN)
+async def test_a_mistake_in_the_first_statement_on_a_connection_costs_nobody_the_connection(
+    dsn: str, mistake: str
+) -> None:
+    """Nothing is to be waited for: the connection is back at once, and the same one."""
+    async with Pool(dsn, min_size=1, max_size=1) as pool:
+        for _ in range(3):
+            with pytest.raises((psycopg.Error, TypeError, UnicodeError)):
+                await MISTAKEN[mistake](pool)
+            async with pool.acquire(timeout=20) as conn:
+                await conn.execute("select 1")
+        assert (pool.stats().connects, pool.stats().closes) == (1, {})
+
+
 async def test_seventy_thousand_parameters_are_refused_and_the_connection_goes_on(
     dsn: str, admin: Admin, table: str, way: dict[str, Any]
 ) -> None:

@@ -118,18 +118,21 @@ async def test_many_statements_take_few_leases(dsn: str) -> None:
         assert pool.stats().acquires < flow.answered / 20
 
 
-async def test_a_lane_that_comes_when_nobody_needs_it_any_more_is_given_back(dsn: str) -> None:
+@on_both_loops
+@pytest.mark.parametrize("order", [1, -1])
+async def test_a_lane_that_comes_when_nobody_needs_it_any_more_is_given_back(dsn: str, order: int) -> None:
     """Both connections come back in the same turn, and one is enough for all statements that wait."""
     async with Pool(dsn, min_size=2, max_size=2, lanes=2) as pool:
         await pool.fetchval("select %s::int", [0])
         leases = [await pool.acquire(), await pool.acquire()]
         tasks = [asyncio.create_task(pool.fetchval("select %s::int", [number])) for number in range(2)]
         await eventually(lambda: pool.stats().waiting == 2)
-        for connection in leases:
+        for connection in leases[::order]:  # one of them was a lane before, the other never was
             await pool.release(connection)
         assert await asyncio.gather(*tasks) == [0, 1]
         await eventually(lambda: pool.stats().leased == 0)
         assert pool.stats().idle == 2
+        assert pool.stats().closes == {}
 
 
 async def test_a_single_statement_opens_a_single_connection(
