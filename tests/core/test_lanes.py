@@ -691,13 +691,27 @@ def test_lanes_are_asked_for_up_to_the_limit_with_those_that_are_asked_for_alrea
     average: float | None, limit: int, lanes: int, requested: int, wants: bool
 ) -> None:
     machine = machine_with(*[Lane() for _ in range(lanes)], limit=limit)
-    waiting_in(machine, statement(average))
+    waiting_in(machine, *[statement(average) for _ in range(3)])
     assert machine.wants_lane(requested) is wants
+
+
+def test_no_more_lanes_are_asked_for_than_callers_wait() -> None:
+    machine = machine_with(limit=8)
+    waiting_in(machine, statement(1.0), statement(1.0))
+    assert machine.wants_lane(1)
+    assert not machine.wants_lane(2)
+
+
+def test_while_one_is_sent_to_find_out_how_long_its_like_take_the_others_wait_for_that() -> None:
+    pace = Pace()
+    machine = machine_with(lane_with(Statement(pace, retry=False)), lane_with(Statement(pace, retry=False)), limit=8)
+    waiting_in(machine, Statement(pace, retry=False))
+    assert not machine.wants_lane(0)
 
 
 @pytest.mark.parametrize(
     ("average", "enough"),
-    [(None, QUICK_LANES), (0.0, QUICK_LANES), (WORTH_A_LANE * 0.999, QUICK_LANES), (WORTH_A_LANE, 8), (1.0, 8)],
+    [(None, 8), (0.0, QUICK_LANES), (WORTH_A_LANE * 0.999, QUICK_LANES), (WORTH_A_LANE, 8), (1.0, 8)],
 )
 def test_quick_statements_get_no_more_lanes_than_are_of_use(average: float | None, enough: int) -> None:
     machine = machine_with(*[Lane() for _ in range(enough - 1)], limit=8)
