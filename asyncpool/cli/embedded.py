@@ -73,6 +73,7 @@ class EmbeddedServer:
         self._conversation = threading.Lock()
         self._directory: Path | None = None
         self._postmaster_pid: int | None = None
+        self._reservation: socket.socket | None = None
         self.port = 5432
 
     def __enter__(self) -> Self:
@@ -167,12 +168,17 @@ class EmbeddedServer:
             keeper.stdin.close()
             keeper.stdout.close()
             keeper.returncode = 0  # it outlives us: nobody is to be warned that it runs
+            if self._reservation is not None:
+                self._reservation.detach()  # until this process ends
 
     def _hire_keeper(self) -> subprocess.Popen[str]:
         if sys.platform == "win32":
             raise EmbeddedServerError("the embedded server needs Unix sockets: give a server's URL instead")
         if self._host_authentication is not None:
-            self.port = _free_port()
+            self._reservation = _reserve_port()
+            self.port = self._reservation.getsockname()[1]
+            if sys.platform != "linux":  # where the server could not listen beside it
+                self._reservation.close()
         settings = {
             "port": self.port,
             "listen_addresses": "127.0.0.1" if self._host_authentication else "",
@@ -220,6 +226,8 @@ class EmbeddedServer:
     def _dismiss_keeper(self) -> None:
         keeper, self._keeper = self._keeper, None
         self._postmaster_pid = None
+        if self._reservation is not None:
+            self._reservation.close()
         if keeper is None:
             return
         assert keeper.stdin is not None
@@ -252,7 +260,12 @@ def url_for_script() -> str:
     return url
 
 
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _reserve_port() -> socket.socket:
+    """A socket bound to a free port of 127.0.0.1, which is nobody else's as long as it is open: neither while the
+    server is being made nor while it is stopped.
+    """
+    reservation = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # Two that both have this option may be bound to one port, if only one of them listens. The server has it.
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind(("127.0.0.1", 0))
+    return reservation

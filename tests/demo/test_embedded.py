@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -60,6 +61,15 @@ def test_a_stopped_server_refuses_and_its_port_stays_the_same(private_server: Em
     private_server.start()
     assert private_server.host_dsn() == before
     psycopg.connect(before).close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the port cannot be kept from others")
+def test_nobody_else_gets_the_port_of_a_stopped_server(private_server: EmbeddedServer) -> None:
+    private_server.stop()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", private_server.port))
+    private_server.start()
+    psycopg.connect(private_server.host_dsn()).close()
 
 
 @pytest.mark.parametrize("user", ODD_PASSWORDS)
