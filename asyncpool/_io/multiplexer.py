@@ -341,6 +341,7 @@ class Multiplexer:
         try:
             lane.pipe.enter()
         except e.Error:
+            session.reader.stop_if_lost()
             self._runner.leases.end_lease(connection)
             return
         lane.generator = self._run(lane)

@@ -338,8 +338,8 @@ class Pipe:
 
     @property
     def last_words(self) -> Exception | None:
-        """What the server has said last, if it was an error that nobody was told of."""
-        if self._has_failed and self._result is not None:
+        """What the server has said last, if it was an error that nobody was told of. libpq's own has no SQLSTATE."""
+        if self._has_failed and self._result is not None and self._result.error_field(_SQLSTATE):
             return e.error_from_result(self._result, encoding=self.transformer.encoding)
         return None
 
