@@ -342,6 +342,28 @@ def test_a_lease_that_came_back_answers_for_nobody_who_joins() -> None:
     assert pool.join(group, 1)
 
 
+def test_a_circle_is_seen_that_somebody_joined_while_connecting_failed() -> None:
+    """The lease that answered for all who come is that of the one who joined."""
+    pool = opened_pool(min_size=2, max_size=2, backoff_initial=1, backoff_max=1)
+    for task in range(2):
+        pool.acquire(owner=task, in_block=True)
+    next_one = pool.acquire(owner="next", in_block=True)
+    group = pool.acquire_for("stranger")
+    witness = pool.machine._witness
+    assert witness is not None
+    assert witness.owner is not None
+    owner = witness.owner()
+    pool.discard(next(waiter for waiter in pool.held if waiter.owner != owner))
+    pool.finish_close()
+    pool.fail_connect(ConnectFailure.TRANSIENT)
+    assert not pool.join(group, owner)
+    pool.advance(1)
+    pool.connect()
+    assert next_one.slot is not None
+    waiter = pool.acquire(owner="next")
+    assert pool.refused == {waiter: Refusal.DEADLOCK}
+
+
 def test_a_smaller_max_size_can_complete_a_circle_with_a_group() -> None:
     pool = opened_pool(min_size=1, max_size=2)
     pool.acquire(owner=0, in_block=True)
