@@ -35,7 +35,7 @@ LOOK_EVERY = 0.005
 # What an answer may have taken, in seconds, that came before anybody has looked for it: less than SLOW.
 UNSEEN = 0.002
 
-# The weight of the newest time in the moving average: one that is out of the common is forgotten in some ten others.
+# The weight of the newest time in the moving average: one that is out of the common is forgotten in some twenty others.
 WEIGHT = 1 / 8
 
 # What is in flight on a lane: more fills the round trip to a server that is 3 ms away no better, and is more to lose.
@@ -238,7 +238,7 @@ class LaneMachine:
 
     def lane_for(self) -> Lane | None:
         """A lane for a statement that has just come: nobody is to be overtaken."""
-        if not self._unsent:
+        if self.waiting == 0:
             for lane in self.lanes:
                 if lane.accepts():
                     return lane

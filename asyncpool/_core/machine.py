@@ -209,6 +209,7 @@ class PoolMachine:
     def joined(self, waiter: Waiter, owner: object) -> bool:
         """One more stands still for a waiter in the queue. Whether that completes a circle, and is to be refused."""
         if waiter not in self.waiters or self._idle or len(self._slots) < self.max_size:
+            self._witness = None  # as in `enqueue`: when that is so no longer, the question is to be asked
             return False
         witness = self._witness
         is_proof = witness is not None and witness.state is LEASED and not (witness.owner and witness.owner() is owner)

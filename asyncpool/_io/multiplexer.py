@@ -148,8 +148,6 @@ class Multiplexer:
         if runner.phase not in (PoolPhase.OPENING, PoolPhase.OPEN):
             statement.fail(runner.refusal(Refusal.CLOSED, now))
             return
-        if statement.owner is None:
-            statement.owner = asyncio.current_task(self._loop)
         self._lanes.enqueue(statement)
         if self._lanes.wants_lane(len(self._requests)):
             self._request(now)
@@ -318,11 +316,11 @@ class Multiplexer:
         if refusal is Refusal.DEADLOCK:
             # One is enough for the others to go on: the last that came, as with those who wait for a lease.
             holders = {id(slot.owner()) for slot in self._runner.machine.leases() if slot.owner is not None}
-            last = next(statement for statement in reversed(statements) if id(statement.owner) in holders)
+            last = next((statement for statement in reversed(statements) if id(statement.owner) in holders), None)
             for statement in statements:
                 if statement is not last:
                     self._lanes.enqueue(statement)
-            statements = [last]
+            statements = [last] if last is not None else []  # it has gone since
         for statement in statements:
             self._fail(statement, refusal, statement.began)
         if self._lanes.waiting:

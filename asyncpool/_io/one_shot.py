@@ -77,10 +77,13 @@ def one_shot(
 
     Raises PoolError as `acquire()` does, psycopg.ProgrammingError for a command that needs a session of its own.
     """
-    if get_ident() != runner.thread or current_task(runner.loop) is None:
+    task = current_task(runner.loop)
+    if get_ident() != runner.thread or task is None:
         runner.check_loop()
     pace = pace_of(runner.multiplexer.paces, query, runner.config.name)
-    return TaskOneShot(runner, query, params, pace, timeout, retry=retry, binary=binary)
+    statement = TaskOneShot(runner, query, params, pace, timeout, retry=retry, binary=binary)
+    statement.owner = task
+    return statement
 
 
 async def _run_on_lease(runner: Runner, statement: OneShot, timeout: float | None) -> None:

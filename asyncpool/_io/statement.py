@@ -65,7 +65,7 @@ class OneShot(Statement):
         # No call of the base's: what is set here is a tenth of a statement's cost.
         self.pace = pace
         self.retry = retry
-        self.owner = None
+        self.owner: object = None
         self.is_wanted = True
         self.is_enqueued = self.is_sent = False
         self.sends = 0
