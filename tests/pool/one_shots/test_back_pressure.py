@@ -159,29 +159,35 @@ async def test_a_hundred_thousand_statements_at_once_are_all_answered(dsn: str) 
         await eventually(lambda: pool.stats().leased == 0)
 
 
+async def memory_of_a_queue(pool: Pool[Any], count: int, timeout: float | None) -> tuple[float, float]:
+    """How many bytes a statement takes that waits for the only connection, and how many when it was answered."""
+    lease = await pool.acquire()
+    gc.collect()
+    before = tracemalloc.get_traced_memory()[0]
+    tasks = [asyncio.create_task(pool.fetchval(QUICK, [number], timeout=timeout)) for number in range(count)]
+    await eventually(lambda: pool.stats().waiting == count, timeout=30)
+    queued = tracemalloc.get_traced_memory()[0] - before
+    await pool.release(lease)
+    await asyncio.gather(*tasks)
+    del tasks
+    await eventually(lambda: pool.stats().leased == 0)
+    gc.collect()
+    left = tracemalloc.get_traced_memory()[0] - before
+    return queued / count, left / count
+
+
 @pytest.mark.timeout(120)
 async def test_a_statement_in_the_queue_takes_little_memory_and_leaves_nothing_behind(dsn: str) -> None:
     """The same for those with a timeout, whose timers are to go with them."""
-    count = 20_000
     async with Pool(dsn, **ONE) as pool:
         await pool.fetchval(QUICK, [0])
         tracemalloc.start()
         try:
-            for timeout in (None, 1000.0, None):  # the first time Python's own tables grow
-                lease = await pool.acquire()
-                gc.collect()
-                before = tracemalloc.get_traced_memory()[0]
-                tasks = [asyncio.create_task(pool.fetchval(QUICK, [n], timeout=timeout)) for n in range(count)]
-                await eventually(lambda: pool.stats().waiting == count, timeout=30)
-                queued = tracemalloc.get_traced_memory()[0] - before
-                assert queued / count < MEMORY_OF_A_STATEMENT
-                await pool.release(lease)
-                await asyncio.gather(*tasks)
-                del tasks
-                await eventually(lambda: pool.stats().leased == 0)
-                gc.collect()
-                left = tracemalloc.get_traced_memory()[0] - before
-            assert left / count < 50
+            await memory_of_a_queue(pool, 15_000, 1000.0)  # in which Python's own tables grow
+            for timeout in (1000.0, None):
+                queued, left = await memory_of_a_queue(pool, 15_000, timeout)
+                assert queued < MEMORY_OF_A_STATEMENT
+                assert left < 50
         finally:
             tracemalloc.stop()
 
@@ -189,20 +195,23 @@ async def test_a_statement_in_the_queue_takes_little_memory_and_leaves_nothing_b
 async def test_who_goes_takes_his_parameters_with_him(dsn: str) -> None:
     """Also while nothing can be sent, and the queue does not move."""
     size = 100_000
+
+    async def queue_and_go() -> None:
+        tasks = [asyncio.create_task(pool.fetchval(GREAT, [f"{number}{'x' * size}"])) for number in range(500)]
+        await eventually(lambda: pool.stats().waiting == 501)
+        assert tracemalloc.get_traced_memory()[0] - before > 500 * size
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
     async with Pool(dsn, **ONE) as pool:
         await pool.fetchval(GREAT, ["x"])
         tracemalloc.start()
         try:
             async with pool.acquire():
-                before = tracemalloc.get_traced_memory()[0]
-                tasks = [asyncio.create_task(pool.fetchval(GREAT, [f"{number}{'x' * size}"])) for number in range(500)]
                 staying = asyncio.create_task(pool.fetchval(GREAT, ["stays"]))
-                await eventually(lambda: pool.stats().waiting == 501)
-                assert tracemalloc.get_traced_memory()[0] - before > 500 * size
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
-                del tasks, task
+                before = tracemalloc.get_traced_memory()[0]
+                await queue_and_go()
                 gc.collect()
                 assert tracemalloc.get_traced_memory()[0] - before < 50 * size
             assert await staying == 5

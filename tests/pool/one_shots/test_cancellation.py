@@ -68,11 +68,12 @@ async def in_a_task_group_that_fails(call: Call, ready: Callable[[], Awaitable[o
         await ready()
         raise LookupError("mine")
 
+    tasks: list[asyncio.Task[Any]] = []
     with pytest.raises(ExceptionGroup):
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(call())
+            tasks.append(group.create_task(call()))
             group.create_task(fail())
-    assert task.cancelled()
+    assert tasks[0].cancelled()
 
 
 WAYS: list[GivingUp] = [cancelled, in_a_timeout_block, in_wait_for, in_a_cancel_scope, in_a_task_group_that_fails]
@@ -134,7 +135,7 @@ async def test_what_waits_for_a_connection_is_never_sent(dsn: str, table: str, a
             assert pool.stats().waiting == 1
             after = asyncio.create_task(pool.execute(insert, [3]))
             await eventually(lambda: pool.stats().waiting == 2)
-        assert await asyncio.gather(before, after) == ["INSERT 0 1"] * 2
+        assert await asyncio.gather(*[before, after]) == ["INSERT 0 1"] * 2
         assert ids(admin, table) == [1, 3]
         await eventually(lambda: pool.stats().leased == 0)
 
@@ -153,7 +154,7 @@ async def test_what_waits_behind_an_unknown_statement_is_never_sent(
             await give_up(lambda: pool.execute(insert, [2]), soon)
             kept = asyncio.create_task(pool.execute(insert, [3]))
             await soon()
-        assert await asyncio.gather(unknown, kept) == [1, "INSERT 0 1"]
+        assert await asyncio.gather(*[unknown, kept]) == [1, "INSERT 0 1"]
         assert ids(admin, table) == [1, 3]
 
 
@@ -177,7 +178,6 @@ async def test_a_timeout_of_what_was_not_sent_is_a_pool_timeout(dsn: str, table:
                 pool.fetch(insert, timeout=SHORT),
                 pool.fetchrow(insert, timeout=SHORT),
                 pool.fetchval(insert, timeout=SHORT),
-                pool.execute(insert, timeout=0),
                 return_exceptions=True,
             )
             assert {type(outcome) for outcome in outcomes} == {PoolTimeout}

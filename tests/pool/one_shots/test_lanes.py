@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
 import pytest
@@ -13,6 +14,7 @@ from kit.sampler import Sampler
 from kit.waiting import eventually
 
 from asyncpool import CloseReason, Pool, PoolClosed, PoolDeadlock, PoolTimeout, StatementOutcomeUnknown, TooManyWaiting
+from asyncpool._core.lanes import LOOK_EVERY
 
 from .flow import STATEMENT, flowing
 from .gate import PASS
@@ -135,23 +137,24 @@ async def test_a_lane_that_comes_when_nobody_needs_it_any_more_is_given_back(dsn
         assert pool.stats().closes == {}
 
 
-async def test_a_single_statement_opens_a_single_connection(
-    dsn: str, admin: Admin, application_name: str, gate: Gate
-) -> None:
-    """However long connecting takes, and the statement after it."""
+async def test_a_single_statement_asks_for_a_single_connection(dsn: str) -> None:
+    """However long connecting takes: a second one would have nothing to do."""
+    connecting = asyncio.Event()
+    asked = 0
 
     async def conninfo() -> str:
-        # Longer than a lane looks after its statements: past whatever may be in the loop in one turn.
-        await asyncio.to_thread(admin.execute, "select pg_sleep(0.1)")
+        nonlocal asked
+        asked += 1
+        await connecting.wait()
         return dsn
 
     async with Pool(conninfo, min_size=0, max_size=5, lanes=3) as pool:
-        with gate.closed():
-            task = asyncio.create_task(pool.fetch(PASS, [gate.key]))
-            await eventually(lambda: gate.waiting() == 1)
-            assert pool.stats().connects == 1
-            assert admin.sessions(application_name) == 1
-        await task
+        task = asyncio.create_task(pool.fetchval("select 1"))
+        await asyncio.sleep(20 * LOOK_EVERY)  # in which it is looked after again and again
+        assert asked == 1
+        connecting.set()
+        assert await task == 1
+        assert pool.stats().connects == 1
 
 
 async def test_idle_connections_that_were_lanes_are_closed_like_others(
@@ -368,7 +371,7 @@ async def test_nobody_is_told_of_a_deadlock_while_a_lane_is_at_work(dsn: str, ga
             assert not quick.done()
             assert not second.done()
         await pool.release(await second)
-        assert await asyncio.gather(slow, quick) == [1, 1]
+        assert await asyncio.gather(*[slow, quick]) == [1, 1]
 
 
 # --- how long one waits -------------------------------------------------------------------------------------
@@ -414,7 +417,7 @@ async def test_each_statement_that_waits_has_its_own_timeout(dsn: str) -> None:
                     await waiting[timeout]
             assert not waiting[None].done()
             assert not waiting[LONG].done()
-        assert await asyncio.gather(waiting[None], waiting[LONG]) == [1, 1]
+        assert await asyncio.gather(*[waiting[None], waiting[LONG]]) == [1, 1]
 
 
 async def test_one_more_unsent_statement_than_max_waiting_is_refused_at_once(dsn: str, way: dict[str, Any]) -> None:
@@ -450,14 +453,17 @@ async def test_with_max_waiting_zero_one_statement_after_the_other_is_served(dsn
 async def test_a_drain_replaces_lanes_under_statements_that_never_end(
     dsn: str, admin: Admin, application_name: str, max_size: int
 ) -> None:
+    def are_gone(pids: set[int]) -> bool:
+        return not pids & set(admin.pids(application_name))
+
     async with Pool(dsn, min_size=1, max_size=max_size) as pool:
         async with flowing(pool, 50) as flow:
             for _ in range(3):
                 await flow.more(50)
-                before = set(admin.pids(application_name))
+                pids = set(admin.pids(application_name))
                 pool.drain()
                 await flow.another_session()
-                await eventually(lambda before=before: not before & set(admin.pids(application_name)))
+                await eventually(partial(are_gone, pids))
         assert set(pool.stats().closes) == {CloseReason.DRAINED}
 
 
@@ -490,10 +496,11 @@ async def test_a_resize_takes_lanes_away_and_gives_more_under_statements_that_ne
     dsn: str, admin: Admin, application_name: str
 ) -> None:
     async with Pool(dsn, min_size=3, max_size=5, lanes=3) as pool, flowing(pool, 100) as flow:
-        for sizes in ((0, 1), (3, 5), (1, 2), (0, 1)):
-            pool.resize(*sizes)
+        for least, most in ((0, 1), (3, 5), (1, 2), (0, 1)):
+            pool.resize(least, most)
             await flow.more(200)
-            await eventually(lambda sizes=sizes: sizes[0] <= admin.sessions(application_name) <= sizes[1], timeout=LONG)
+            allowed = range(least, most + 1)
+            await eventually(lambda: admin.sessions(application_name) in allowed)  # noqa: B023 — in this round only
             await flow.more(200)
 
 
@@ -564,10 +571,10 @@ async def test_a_busy_lane_is_no_lease_that_was_forgotten(dsn: str, caplog: pyte
     """`long_held_after` is there to find those; a lane is held for as long as there are statements."""
     async with Pool(dsn, max_size=1, long_held_after=0.05) as pool, flowing(pool, 20) as flow:
         await flow.more(20)
-        for _ in range(3):
-            async with Pool(dsn, min_size=0, max_idle=0.1, application_name="asyncpool-test-clock") as clock:
+        async with Pool(dsn, min_size=0, max_idle=0.1, application_name="asyncpool-test-clock") as clock:
+            for _ in range(3):
                 await clock.fetchval("select 1")
-                await eventually(lambda clock=clock: clock.stats().size == 0)
+                await eventually(lambda: clock.stats().size == 0)
     assert [record.getMessage() for record in caplog.records if "held" in record.getMessage()] == []
 
 
@@ -596,12 +603,14 @@ async def test_one_connection_is_a_lease_and_a_lane_by_turns(dsn: str, table: st
 
 async def test_statements_find_the_session_as_leases_leave_it(dsn: str) -> None:
     """What was set on the server stays with `reset="rollback"`, and goes with "session"."""
-    for reset, expected in (("rollback", "a name"), ("session", None)):
+    modes: list[Literal["rollback", "session"]] = ["rollback", "session"]
+    for reset in modes:
         async with Pool(dsn, max_size=1, reset=reset) as pool:
             own = await pool.fetchval("show application_name")
             async with pool.acquire() as conn:
                 await conn.execute("set application_name = 'a name'")
-            assert await pool.fetchval("show application_name") == (expected or own)
+            expected = "a name" if reset == "rollback" else own
+            assert await pool.fetchval("show application_name") == expected
 
 
 async def test_setup_prepares_the_connection_for_each_statement(dsn: str) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kit.servers import Admin
 
 # On one connection: where a pool may open others, a lane that has stalled hands on what it has not sent.
-ONE = {"max_size": 1, "lanes": 1}
+ONE: dict[str, Any] = {"max_size": 1, "lanes": 1}
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ async def test_nothing_of_it_reaches_the_server(proxied_dsn: str, proxy: Proxy) 
             return received() - before
 
         none = await bytes_of()
-        assert await bytes_of(*(pool.execute(statement) for _, statement in EACH)) == none
+        assert await bytes_of(*(pool.execute(statement.encode()) for _, statement in EACH)) == none
         assert await bytes_of(pool.executemany("begin", [()]), pool.executemany("copy t from stdin", [()])) == none
         assert pool.stats().acquires <= pool.stats().one_shots
 
@@ -184,8 +184,8 @@ async def test_nothing_of_it_reaches_the_server(proxied_dsn: str, proxy: Proxy) 
 async def test_what_only_looks_like_it_is_executed(dsn: str, statement: str, way: dict[str, Any]) -> None:
     async with Pool(dsn, **way) as pool:
         for _ in range(2):
-            await pool.execute(statement)
-            await pool.fetch(statement)
+            await pool.execute(statement.encode())
+            await pool.fetch(statement.encode())
 
 
 async def test_objects_whose_names_are_such_words_can_be_used(dsn: str, table: str, way: dict[str, Any]) -> None:
@@ -201,12 +201,8 @@ async def test_objects_whose_names_are_such_words_can_be_used(dsn: str, table: s
 async def test_a_refusal_harms_nobody_beside_it(dsn: str, way: dict[str, Any]) -> None:
     async with Pool(dsn, **way) as pool:
         for _ in range(5):
-            outcomes = await asyncio.gather(
-                pool.fetchval("select %s::int", [1]),
-                pool.execute("begin"),
-                pool.fetchval("select %s::int", [2]),
-                return_exceptions=True,
-            )
+            calls = [pool.fetchval("select %s::int", [1]), pool.fetchval("begin"), pool.fetchval("select %s::int", [2])]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
             assert outcomes[::2] == [1, 2]
             assert isinstance(outcomes[1], psycopg.ProgrammingError)
             assert await pool.fetchval("select pg_current_xact_id_if_assigned()") is None

@@ -85,6 +85,7 @@ async def test_a_factory_that_configure_sets_is_the_pools(dsn: str, way: dict[st
 
 
 async def test_a_factory_that_a_lease_sets_is_that_of_the_lease_only(dsn: str, way: dict[str, Any]) -> None:
+    pool: Pool[Any]
     async with Pool(dsn, max_size=1, **way) as pool:
         async with pool.acquire() as conn:
             conn.row_factory = dict_row

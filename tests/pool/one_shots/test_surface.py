@@ -136,14 +136,14 @@ async def test_a_result_of_many_rows_is_complete_and_in_order(dsn: str, way: dic
 async def test_great_parameters_and_great_values_pass(dsn: str, way: dict[str, Any]) -> None:
     text, data = "é" * 3_000_000, bytes(range(256)) * 20_000
     async with Pool(dsn, **way) as pool:
-        got = await asyncio.gather(
+        calls = [
             pool.fetchval("select %s::text", [text]),
             pool.fetchval("select %s::int", [1]),
             pool.fetchval("select %s::bytea", [data]),
             pool.fetchval("select %s::bytea", [data[1:]]),
             pool.fetchval("select %s::int", [2]),
-        )
-        assert got == [text, 1, data, data[1:], 2]
+        ]
+        assert await asyncio.gather(*calls) == [text, 1, data, data[1:], 2]
 
 
 # --- an implicit transaction of its own ---------------------------------------------------------------------
@@ -166,11 +166,8 @@ async def test_what_cannot_run_inside_a_transaction_can_be_executed(
     try:
         async with Pool(dsn, **way) as pool:
             for _ in range(OFTEN):
-                outcomes = await asyncio.gather(
-                    pool.execute(f"vacuum {table}".encode()),
-                    pool.execute(f"call {table}_twice()".encode()),
-                    pool.execute(f"vacuum {table}".encode()),
-                )
+                commands = [f"vacuum {table}", f"call {table}_twice()", f"vacuum {table}"]
+                outcomes = await asyncio.gather(*(pool.execute(command.encode()) for command in commands))
                 assert outcomes == ["VACUUM", "CALL", "VACUUM"]
             query = f"create index concurrently on {table} (id)".encode()
             assert await pool.execute(query) == "CREATE INDEX"
@@ -293,7 +290,7 @@ async def test_in_another_event_loop_it_is_refused(dsn: str, sender: str) -> Non
 
 
 @each_sender
-@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), True, "1"])
+@pytest.mark.parametrize("timeout", [-1, 0, float("nan"), float("inf"), True, "1"])
 async def test_an_impossible_timeout_is_refused_and_nothing_is_sent(
     dsn: str, sender: str, timeout: Any, table: str
 ) -> None:
