@@ -361,6 +361,17 @@ class Pool(Generic[C]):
         row_factory: AsyncRowFactory[Row],
         binary: bool = False,
     ) -> list[Row]: ...
+    @overload  # a subclass of psycopg's connection does not tell its rows
+    async def fetch(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: None = None,
+        binary: bool = False,
+    ) -> list[Any]: ...
     async def fetch(
         self,
         query: Query,
@@ -399,6 +410,17 @@ class Pool(Generic[C]):
         row_factory: AsyncRowFactory[Row],
         binary: bool = False,
     ) -> Row | None: ...
+    @overload  # a subclass of psycopg's connection does not tell its rows
+    async def fetchrow(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: None = None,
+        binary: bool = False,
+    ) -> Any: ...
     async def fetchrow(
         self,
         query: Query,

@@ -417,6 +417,17 @@ class SyncPool(Generic[C]):
         row_factory: RowFactory[Row],
         binary: bool = False,
     ) -> list[Row]: ...
+    @overload  # a subclass of psycopg's connection does not tell its rows
+    def fetch(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: None = None,
+        binary: bool = False,
+    ) -> list[Any]: ...
     def fetch(
         self,
         query: Query,
@@ -460,6 +471,17 @@ class SyncPool(Generic[C]):
         row_factory: RowFactory[Row],
         binary: bool = False,
     ) -> Row | None: ...
+    @overload  # a subclass of psycopg's connection does not tell its rows
+    def fetchrow(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        retry: bool = False,
+        row_factory: None = None,
+        binary: bool = False,
+    ) -> Any: ...
     def fetchrow(
         self,
         query: Query,

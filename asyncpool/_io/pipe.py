@@ -153,13 +153,13 @@ class Pipe:
                 converted.dump(params)
             else:
                 converted = self._query_class(self.transformer)
-                converted.convert(text, params)
+                converted.convert(statement.query, params)
                 if len(self._queries) >= _MAX_QUERIES:
                     self._queries.clear()
                 self._queries[key] = converted
         else:
             converted = self._query_class(self.transformer)
-            converted.convert(text, params)
+            converted.convert(statement.query, params)
             if not isinstance(text, (str, bytes)) and (command := needs_session(converted.query)):
                 raise ProgrammingError(remedy(self._pool_name, command))  # it could not be read before
         statement.size = 0

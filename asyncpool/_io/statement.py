@@ -69,8 +69,8 @@ class OneShot(Statement):
         self.is_wanted = True
         self.is_enqueued = self.is_sent = False
         self.sends = 0
-        self.query = query
-        self.params = params
+        self.query: Query = query
+        self.params: Params | None = params
         self.result_format = result_format
         self.began = monotonic()
         self.result: PGresult | None = None

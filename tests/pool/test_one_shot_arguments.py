@@ -32,9 +32,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 async def test_a_wrong_argument_is_named(
     dsn: str, lanes: int, wrong: dict[str, Any], error: type[Exception], words: str
 ) -> None:
+    given: dict[str, Any] = {"query": "select %s", "params": (1,), **wrong}
     async with Pool(dsn, lanes=lanes) as pool:
         with pytest.raises(error, match=words):
-            await pool.fetch(**{"query": "select %s", "params": (1,), **wrong})
+            await pool.fetch(**given)
         assert await pool.fetchval("select 1") == 1
 
 

@@ -24,7 +24,7 @@ class Odd:
 class DumperToStr(Dumper):
     """Returns no bytes."""
 
-    def dump(self, _: Any) -> Any:
+    def dump(self, obj: Any) -> Any:
         return "a str"
 
 
@@ -38,7 +38,7 @@ def with_dumper(dumper: type[Dumper]) -> Any:
 async def make_known(pool: Pool[Any], query: str, parameter: object) -> None:
     """Have the pool know that this is quick, so that one is sent behind the other."""
     for _ in range(30):
-        await asyncio.gather(*(pool.fetchval(query, (parameter,)) for _ in range(20)))
+        await asyncio.gather(*(pool.fetchval(query.encode(), (parameter,)) for _ in range(20)))
 
 
 async def test_a_dumper_that_returns_no_bytes_harms_its_caller_only(dsn: str) -> None:

@@ -26,7 +26,7 @@ class DumperInterruptedOnce(Dumper):
 
     was_interrupted = False
 
-    def dump(self, _: Any) -> bytes:
+    def dump(self, obj: Any) -> bytes:
         if not DumperInterruptedOnce.was_interrupted:
             DumperInterruptedOnce.was_interrupted = True
             raise KeyboardInterrupt

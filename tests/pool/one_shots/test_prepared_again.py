@@ -21,7 +21,7 @@ ECHO = "select %s::text"
 async def make_known(pool: Pool[Any], query: str, parameter: object) -> None:
     """Have the pool know that this is quick, so that one is sent behind the other."""
     for _ in range(30):
-        await asyncio.gather(*(pool.fetchval(query, (parameter,)) for _ in range(20)))
+        await asyncio.gather(*(pool.fetchval(query.encode(), (parameter,)) for _ in range(20)))
 
 
 async def test_a_connection_lost_when_statements_are_prepared_again_leaves_nobody_waiting(
