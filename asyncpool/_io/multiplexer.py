@@ -342,6 +342,7 @@ class Multiplexer:
             session.reader.stop_if_lost()
             self._runner.leases.end_lease(connection)
             return
+        lane.unflushed = int(lane.pipe.is_busy)  # with what measures the round trip, if nothing comes of the statement
         lane.generator = self._run(lane)
         lane.future = session.reader.drive(lane.generator, next(lane.generator))
         lane.future.add_done_callback(partial(self._lost, lane))
