@@ -17,7 +17,7 @@ LANE_STALL = 0.02
 
 # How much work is in flight on a lane at most, in seconds, by the averages of its statements: what fills the time in
 # which answers come and others go, and no more, as those behind wait for it.
-LANE_WORK = 0.001
+LANE_WORK = 0.003
 
 # So many lanes are enough for statements of less than `WORTH_A_LANE`, in seconds: they are limited by this process and
 # the server's processors. Longer ones wait for something, such as the disk at a commit, and may do so side by side.
