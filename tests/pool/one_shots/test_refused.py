@@ -11,6 +11,7 @@ import pytest
 from kit.loops import on_both_loops
 from kit.proxy import Towards
 from psycopg import sql
+from psycopg.adapt import Dumper
 
 from asyncpool import Pool
 
@@ -156,6 +157,38 @@ async def test_with_parameters_it_is_refused_as_well(dsn: str) -> None:
             with pytest.raises(psycopg.ProgrammingError, match=r"pool\.acquire\(\)"):
                 await pool.execute(query, ["x"])
         assert pool.stats().connects == 0
+
+
+class Setting:
+    """A value that only connections can write down that know its dumper."""
+
+
+class SettingDumper(Dumper):
+    def dump(self, obj: Setting) -> bytes:
+        return b"mine"
+
+
+async def register(conn: psycopg.AsyncConnection[Any]) -> None:
+    conn.adapters.register_dumper(Setting, SettingDumper)
+
+
+async def test_what_is_composed_of_values_that_only_the_connection_can_write_is_refused_by_then(
+    dsn: str, way: dict[str, Any]
+) -> None:
+    """It could not be read any sooner; sent it is not all the same, and whoever is beside it does not notice."""
+    allowed = sql.SQL("select {}").format(sql.Literal(Setting()))
+    wanting_a_session = sql.SQL("/* {} */ set application_name = {}").format(sql.Literal(1), sql.Literal(Setting()))
+    async with Pool(dsn, max_size=1, configure=register, **way) as pool:
+        own = await pool.fetchval("show application_name")
+        for _ in range(3):
+            assert await pool.fetchval(allowed) == "mine"
+            calls = [pool.fetchval("select %s::int", [1]), pool.fetchval(wanting_a_session), pool.fetchval(allowed)]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert outcomes[::2] == [1, "mine"]
+            assert isinstance(outcomes[1], psycopg.ProgrammingError)
+            assert re.search(r"SET .*pool\.acquire\(\)", str(outcomes[1]))
+            assert await pool.fetchval("show application_name") == own
+        assert pool.stats().connects == 1
 
 
 @on_both_loops
