@@ -14,7 +14,7 @@ from psycopg.rows import tuple_row
 
 from asyncpool import PoolError, PoolTimeout
 
-from . import actions
+from . import actions, one_shots
 from .plan import PATIENT
 
 if TYPE_CHECKING:
@@ -72,12 +72,17 @@ class Client:
             if "setup" in self.plan.hooks or "configure" in self.plan.hooks:
                 self.provoke(actions.HookFailed, PoolError)
             try:
-                await self._draw_lease()()
+                await self._draw_work()()
             except Exception as error:
                 self._judge(error)
                 if task.cancelling() > cancellations:
                     self._judge_instead_of_cancellation(error)
                     raise asyncio.CancelledError from error
+
+    def _draw_work(self) -> Callable[[], Awaitable[None]]:
+        if self.plan.one_shots and self.rng.random() < self.plan.one_shots:
+            return self.send_one_shots
+        return self._draw_lease()
 
     def _draw_lease(self) -> Callable[[], Awaitable[None]]:
         clean = [self.block, self.block, self.transaction, self.by_hand]
@@ -176,6 +181,11 @@ class Client:
                     task.cancel()
                     self.record.struck.add(task)
                     break
+
+    # --- without a lease ------------------------------------------------------------------------------------
+
+    async def send_one_shots(self) -> None:
+        await one_shots.burst(self)
 
     # --- leases that end as they should ---------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class Grounds:
         self.dsn = make_conninfo(dsn, application_name=self.application_name)
         self.embedded = embedded
         self.admin = Admin(dsn)
-        self.admin.execute(f"create table {self.table} (id integer unique)")
+        self.admin.execute(f"create table {self.table} (id integer)")
         self.admin.execute(COMMIT_FUNCTION.replace("{table}", self.table))
         self.admin.execute(COMMIT_TRIGGER.replace("{table}", self.table))
         self.work_mem = self.admin.value("show work_mem")
@@ -78,8 +79,11 @@ class Grounds:
         record.expect(not locks, f"locks left: {locks}")
 
     def judge_table(self, record: Record) -> None:
-        """Every acknowledged row is there, and every row there was acknowledged or is in doubt."""
-        rows = {row for (row,) in self.admin.execute(f"select id from {self.table}")}
+        """Every acknowledged row is there, every row there was acknowledged or is in doubt, and none is there twice."""
+        found = Counter(row for (row,) in self.admin.execute(f"select id from {self.table}"))
+        twice = [row for row, count in found.items() if count > 1]
+        record.expect(not twice, f"{len(twice)} rows there more than once: {twice[:5]}")
+        rows = set(found)
         ledger = record.ledger
         lost = sorted(ledger.acknowledged - rows)
         record.expect(not lost, f"{len(lost)} rows acknowledged, and not there: {lost[:5]}")

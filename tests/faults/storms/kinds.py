@@ -78,6 +78,16 @@ def draw_restart(rng: Random) -> dict[str, Any]:
     return {"disturbances": ("restart",), "messy": rng.random() < 0.5, "tasks": rng.choice((2000, 5000))}
 
 
+def with_one_shots(draw: Draw) -> Draw:
+    def drawn(rng: Random) -> dict[str, Any]:
+        few = rng.randint(1, 4)
+        mixed = {**draw(rng), "min_size": rng.randint(0, few), "max_size": few, "crowd": rng.choice((4, 20, 60))}
+        options = {"lanes": rng.choice((0, 1, 2, 2)), "prepare_threshold": rng.choice((None, 0, 5))}
+        return {**mixed, "one_shots": rng.choice((0.3, 0.7, 1.0)), "options": {**mixed.get("options", {}), **options}}
+
+    return drawn
+
+
 def in_threads(draw: Draw) -> Draw:
     def drawn(rng: Random) -> dict[str, Any]:
         crowd = rng.choice((4, 8, 16))
@@ -95,6 +105,11 @@ KINDS = {
         Kind("turnover", 3, draw_turnover),
         Kind("terminate", 3, draw_terminate),
         Kind("restart", 1, draw_restart, needs_own_server=True),
+        Kind("one-shots", 2, with_one_shots(draw_cancel)),
+        Kind("one-shots, hooks", 1, with_one_shots(draw_hooks)),
+        Kind("one-shots, turnover", 2, with_one_shots(draw_turnover)),
+        Kind("one-shots, terminate", 2, with_one_shots(draw_terminate)),
+        Kind("one-shots, restart", 1, with_one_shots(draw_restart), needs_own_server=True),
         Kind("threads", 1, in_threads(draw_messy)),
         Kind("threads, hooks", 1, in_threads(draw_hooks)),
         Kind("threads, turnover", 1, in_threads(draw_turnover)),

@@ -31,6 +31,8 @@ class Plan:
     """Further ones of the pool."""
     messy: bool = False
     """Clients close and drop their connections, give them back twice and in the middle of something."""
+    one_shots: float = 0.0
+    """In place of how many leases, as a share, clients send one-shot statements."""
     hooks: frozenset[str] = frozenset()
     """Which of `configure`, `setup`, `check`, `reset` are there: slow, and failing."""
     disturbances: tuple[str, ...] = ()
@@ -63,6 +65,7 @@ class Plan:
             f"reset={self.reset}",
             "autocommit" if self.autocommit else "",
             "messy" if self.messy else "",
+            f"{self.one_shots:.0%} one-shots" if self.one_shots else "",
             *(f"{name}={value}" for name, value in self.options.items()),
             *(f"failing {hook}" for hook in sorted(self.hooks)),
             *self.disturbances,
