@@ -40,10 +40,10 @@ class Ledger:
         self.acknowledged: set[int] = set()
         self.in_doubt: set[int] = set()
         """Nobody knows: those that are under way, and those whose outcome is unknown."""
-        self.insert = f"insert into {name} values (%s)"
-        self.insert_returning = f"insert into {name} values (%s) returning id"
+        self.insert = f"insert into {name} values (%s)".encode()
+        self.insert_returning = f"insert into {name} values (%s) returning id".encode()
         # Takes the seconds, too.
-        self.slow_insert = f"insert into {name} select %s::int from pg_sleep(%s) returning id"
+        self.slow_insert = f"insert into {name} select %s::int from pg_sleep(%s) returning id".encode()
         self._admin = admin
         self._numbers = itertools.count(1)
         admin.execute(f"drop table if exists {name}")
@@ -182,7 +182,7 @@ def lanes_take(monkeypatch: pytest.MonkeyPatch, *, slow: float = FOR_EVER) -> No
     monkeypatch.setattr("asyncpool._core.lanes.SLOW", slow)
 
 
-async def learn(pool: Pool[Any], *statements: str) -> None:
+async def learn(pool: Pool[Any], *statements: Any) -> None:
     """Have it known of these that they are quick, if they are not told to sleep. Their numbers are less than 0."""
     for statement in statements:
         for number in range(-3, 0):

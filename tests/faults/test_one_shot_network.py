@@ -278,7 +278,7 @@ async def test_a_network_that_fails_again_and_again_loses_nothing_that_was_ackno
     threshold: int | None,
 ) -> None:
     rng = Random(f"{max_size} {lanes} {threshold}")
-    options = {**SECONDS, "max_size": max_size, "lanes": lanes, "prepare_threshold": threshold}
+    options: dict[str, Any] = {**SECONDS, "max_size": max_size, "lanes": lanes, "prepare_threshold": threshold}
     async with Pool(proxied_dsn, min_size=0, **options) as pool:
         async with under_one_shots(pool, ledger, 12, timeout=1.0) as load:
             for _ in range(15):

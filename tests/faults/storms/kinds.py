@@ -81,9 +81,15 @@ def draw_restart(rng: Random) -> dict[str, Any]:
 def with_one_shots(draw: Draw) -> Draw:
     def drawn(rng: Random) -> dict[str, Any]:
         few = rng.randint(1, 4)
-        mixed = {**draw(rng), "min_size": rng.randint(0, few), "max_size": few, "crowd": rng.choice((4, 20, 60))}
+        mixed: dict[str, Any] = {
+            **draw(rng),
+            "min_size": rng.randint(0, few),
+            "max_size": few,
+            "crowd": rng.choice((4, 20, 60)),
+        }
+        given: dict[str, Any] = mixed.get("options", {})
         options = {"lanes": rng.choice((0, 1, 2, 2)), "prepare_threshold": rng.choice((None, 0, 5))}
-        return {**mixed, "one_shots": rng.choice((0.3, 0.7, 1.0)), "options": {**mixed.get("options", {}), **options}}
+        return {**mixed, "one_shots": rng.choice((0.3, 0.7, 1.0)), "options": {**given, **options}}
 
     return drawn
 
