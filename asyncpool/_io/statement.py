@@ -119,6 +119,7 @@ class OneShot(Statement):
     def forget(self) -> None:
         """Nobody waits any more, and it is not to be sent: let go of what it holds."""
         self.query, self.params = b"", None
+        self.owner = None  # a task that was cancelled holds its frames, and they the parameters
 
     def transformer(self) -> TransformerOf:
         """What makes Python's values of the result: its pipe's, which is for the moment only."""
