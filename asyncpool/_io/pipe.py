@@ -299,6 +299,10 @@ class Pipe:
             # It was not seen in its text. What is behind it would be lost with that transaction.
             raise OperationalError("a one-shot statement has begun a transaction")
         self._has_failed = status not in _FINE
+        if self._has_failed and not result.error_field(_SQLSTATE):
+            # libpq's own words: it has found the connection lost, and ends what was under way by itself.
+            self._has_failed = False
+            raise OperationalError(result.get_error_message(self.transformer.encoding))
         if statement.is_parsing:
             statement.is_parsing = False
             if status == _COMMAND_OK:
@@ -319,6 +323,8 @@ class Pipe:
         if sqlstate == _READ_ONLY:
             self.session.refused_write = self.session.touched = True
             self.lane.is_leaving = True
+        if not statement.name:
+            self._prepared._counts.pop(statement.key, None)  # psycopg prepares nothing that fails: a lease may have it
         if (
             not statement.name
             or statement.was_prepared_again

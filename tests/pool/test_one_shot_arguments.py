@@ -134,3 +134,13 @@ async def test_a_notify_handler_that_fails_is_nobodys_error(dsn: str, caplog: py
         assert pool.stats().connects == 1
     assert [record for record in caplog.records if "a notify handler has failed" in record.getMessage()]
     caplog.clear()
+
+
+async def test_what_failed_as_a_one_shot_is_not_prepared_for_a_lease(dsn: str) -> None:
+    async with Pool(dsn, min_size=1, max_size=1) as pool:
+        for _ in range(7):  # more often than psycopg's prepare_threshold
+            with pytest.raises(psycopg.errors.SyntaxError):
+                await pool.execute("select 1; select 2")
+        async with pool.acquire() as conn:
+            cursor = await conn.execute("select 1; select 2")
+            assert await cursor.fetchall() == [(1,)]

@@ -23,6 +23,7 @@ TESTED = {
     "_begin_statement",
     "_commit_gen",
     "_connection_base",
+    "_counts",
     "_deferrable",
     "_dumpers",
     "_dumpers_by_oid",

@@ -88,7 +88,7 @@ def with_one_shots(draw: Draw) -> Draw:
             "crowd": rng.choice((4, 20, 60)),
         }
         given: dict[str, Any] = mixed.get("options", {})
-        options = {"lanes": rng.choice((0, 1, 2, 2)), "prepare_threshold": rng.choice((None, 0, 5))}
+        options = {"lanes": rng.choice((0, 1, 2, 2)), "prepare_threshold": rng.choice((None, 1, 5))}
         return {**mixed, "one_shots": rng.choice((0.3, 0.7, 1.0)), "options": {**given, **options}}
 
     return drawn

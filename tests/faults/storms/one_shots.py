@@ -151,7 +151,7 @@ async def write_many(call: Call) -> None:
     with call.writing(numbers):
         statement = f"insert into {call.client.table} values (%s)".encode()
         parameters = [(number,) for number in numbers]
-        call.expect(await call.client.pool.executemany(statement, parameters, **call.options), len(numbers))
+        call.expect(await call.client.pool.executemany(statement, parameters), len(numbers))
 
 
 async def failing(call: Call) -> None:
