@@ -93,6 +93,7 @@ class Leases:
         ):
             return False
         session.touched = session.in_transaction = False
+        session.round_trip = 0.0  # libpq may be in the row-by-row mode of a stream(), until a Sync: one measures anew
         session.prepared = connection._prepared._prepared_idx
         return True
 
@@ -118,6 +119,7 @@ class Leases:
         effects = self._take_back_changed(connection, session, cast(Slot, session.slot), now, after_block=after_block)
         self._perform(effects)
         session.touched = session.in_transaction = False
+        session.round_trip = 0.0  # libpq may be in the row-by-row mode of a stream(), until a Sync: one measures anew
 
     def _take_back_changed(
         self, connection: Leased, session: Session, slot: Slot, now: float, *, after_block: bool

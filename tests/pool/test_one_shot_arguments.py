@@ -144,3 +144,12 @@ async def test_what_failed_as_a_one_shot_is_not_prepared_for_a_lease(dsn: str) -
         async with pool.acquire() as conn:
             cursor = await conn.execute("select 1; select 2")
             assert await cursor.fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize("lanes", [0, 1])
+async def test_a_stream_that_a_lease_has_read_leaves_nothing_to_one_shots(dsn: str, lanes: int) -> None:
+    async with Pool(dsn, min_size=1, max_size=1, lanes=lanes, autocommit=True) as pool:
+        for _ in range(3):
+            assert await pool.fetch("select generate_series(1, 3)") == [(1,), (2,), (3,)]
+            async with pool.acquire() as conn:
+                assert [row async for row in conn.cursor().stream("select generate_series(1, 3)")] == [(1,), (2,), (3,)]
