@@ -292,6 +292,9 @@ class Pipe:
         """A result of the statement in front; the first error is the one that counts, else the last one."""
         if self._has_failed or status == _PIPELINE_ABORTED:
             return
+        if not self.lane.in_flight:  # the session has ended while nothing but the round trip was measured
+            self._has_failed, self._result = status not in _FINE, result
+            return
         statement = cast(OneShot, self.lane.in_flight[0])
         if status in _COPY:
             raise OperationalError("a one-shot statement has begun a COPY, which has no end in a pipeline")

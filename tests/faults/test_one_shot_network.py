@@ -204,6 +204,20 @@ async def test_a_lane_on_which_nothing_could_be_sent_gives_up_its_place_on_a_sil
                 pass
 
 
+async def test_a_lane_on_which_nothing_could_be_sent_may_be_lost_as_any_other(
+    proxy: Proxy, proxied_dsn: str, admin: Admin, application_name: str
+) -> None:
+    async with Pool(proxied_dsn, max_size=1, lanes=1, **SECONDS) as pool:
+        proxy.links[0].apply(STALLED, Towards.SERVER)
+        (error,) = await ended([await send(pool.fetchval("select %s", [object()]))])
+        assert isinstance(error, psycopg.ProgrammingError)
+        assert pool.stats().leased == 1
+        admin.terminate(*admin.pids(application_name))
+        await eventually(lambda: pool.stats().leased == 0)
+        assert await pool.fetchval(SLEEP, [1, 0.0], timeout=20) == 1
+        await assert_quiet(pool, admin, application_name)
+
+
 # --- much at once -------------------------------------------------------------------------------------------
 
 
@@ -264,8 +278,7 @@ async def test_however_slowly_the_answers_come_everybody_gets_his_own(
         await assert_quiet(pool, admin, application_name)
 
 
-@pytest.mark.parametrize("threshold", [None, 0, 5])
-@pytest.mark.parametrize(("max_size", "lanes"), [(1, 0), (1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("max_size", "lanes", "threshold"), [(1, 0, 5), (1, 1, 0), (2, 1, None), (4, 2, 5)])
 @on_both_loops
 async def test_a_network_that_fails_again_and_again_loses_nothing_that_was_acknowledged(
     proxy: Proxy,
@@ -280,7 +293,7 @@ async def test_a_network_that_fails_again_and_again_loses_nothing_that_was_ackno
     rng = Random(f"{max_size} {lanes} {threshold}")
     options: dict[str, Any] = {**SECONDS, "max_size": max_size, "lanes": lanes, "prepare_threshold": threshold}
     async with Pool(proxied_dsn, min_size=0, **options) as pool:
-        async with under_one_shots(pool, ledger, 12, timeout=1.0) as load:
+        async with under_one_shots(pool, ledger, 12, timeout=0.5) as load:
             for _ in range(15):
                 served = len(load.successes_since(0.0))
                 await eventually(lambda: len(load.successes_since(0.0)) > served + 12, timeout=20)  # noqa: B023
