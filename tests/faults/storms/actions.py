@@ -57,7 +57,7 @@ async def slow_query(client: Client, conn: Connection) -> None:
 
 
 async def several_statements(client: Client, conn: Connection) -> None:
-    await conn.execute("select 1; select pg_sleep(0.001); select 2")
+    await conn.execute("select 1; select pg_sleep(0.001); select 2", prepare=False)
 
 
 async def prepared_query(client: Client, conn: Connection) -> None:
