@@ -7,6 +7,7 @@ driven from its callback, and the waiting task is woken once, when the generator
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import select
 import socket
@@ -242,14 +243,17 @@ class Reader:
     def _stop_reading(self) -> None:
         if self._reading:
             self._reading = False
-            self.loop.remove_reader(self.fd)
+            with contextlib.suppress(OSError):  # as in `_set_writing`
+                self.loop.remove_reader(self.fd)
 
     def _set_writing(self, writing: bool) -> None:
         self._writing = writing
         if writing:
             self.loop.add_writer(self.fd, self._on_writable)
         else:
-            self.loop.remove_writer(self.fd)
+            # asyncio fails to go on with a reader alone on a socket that libpq has closed, and has forgotten both then.
+            with contextlib.suppress(OSError):
+                self.loop.remove_writer(self.fd)
 
 
 if hasattr(select, "poll"):

@@ -258,6 +258,40 @@ async def test_a_statement_that_is_greater_than_the_network_takes_goes_on_with_i
         assert pool.stats().connects == 1
 
 
+@pytest.mark.parametrize("is_reset", [True, False])
+@pytest.mark.parametrize("lanes", [0, 1])
+@on_both_loops
+async def test_a_connection_that_ends_while_much_is_being_sent_is_lost_as_any_other(
+    proxy: Proxy, proxied_dsn: str, admin: Admin, application_name: str, lanes: int, is_reset: bool
+) -> None:
+    """libpq closes the socket while the event loop waits until it takes more."""
+
+    async def on_a_lease() -> None:
+        async with pool.acquire() as conn:
+            await conn.execute("select length(%s::text)", [MUCH])
+
+    async with Pool(proxied_dsn, max_size=1, lanes=lanes, autocommit=True, **SECONDS) as pool:
+        for one_shot in (True, False):
+            await learn(pool, SLEEP)
+            (link,) = proxy.open_links
+            link.apply(STALLED, Towards.SERVER)
+            received = link.received(Towards.SERVER)
+            statement = pool.fetchval("select length(%s::text)", [MUCH]) if one_shot else on_a_lease()
+            task = await send(statement)
+            await eventually(lambda: link.received(Towards.SERVER) > received + 100_000)  # noqa: B023
+            if is_reset:
+                link.reset()
+            else:
+                link.half_close(Towards.CLIENT)
+            (error,) = await ended([task])
+            if one_shot:
+                assert_outcomes_are_unknown([error], psycopg.OperationalError)
+            assert isinstance(error, psycopg.OperationalError)
+            assert await pool.fetchval(SLEEP, [1, 0.0], timeout=20) == 1
+            link.reset()
+        await assert_quiet(pool, admin, application_name)
+
+
 # --- under load ---------------------------------------------------------------------------------------------
 
 
