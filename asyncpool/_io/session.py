@@ -69,6 +69,7 @@ class Session:
         "granted_to",
         "guard",
         "has_ended",
+        "has_several",
         "held_warned",
         "in_thread",
         "in_transaction",
@@ -106,6 +107,7 @@ class Session:
         self.guard = guard or contextlib.nullcontext()
         self.granted_to: Any = None  # if shared: the waiter that has not taken it yet, and the number of its lease
         self.alive_at = 0.0  # if shared: when its socket was last seen open, or the server heard
+        self.has_several = False  # whether more statements than one may have to be cancelled
         self.in_thread = False  # whether one is inside libpq now: then nobody else may finish the PGconn
         self.cancel_timeout = cancel_timeout
         self.connection: Any = None
@@ -275,6 +277,7 @@ class Session:
                 return
             if self.in_thread or self.pgconn.transaction_status == ACTIVE:
                 self.cancel = self.pgconn.cancel_conn()
+                self.has_several = bool(self.pgconn.pipeline_status)
             if self.in_thread:
                 return
         self._finish()
@@ -321,22 +324,23 @@ class Session:
         if self.cancel is not None:
             with anyio.move_on_after(timeout):
                 await self._send_cancel(self.cancel)
-                await self._wait_for_thread(self.ending, self.cancel)
+                await self._cancel_again(self.ending, self.cancel)
         if self.in_thread:
             return _shut_down(self.ending)
         return await linger(self.ending, max(0.0, deadline - self.reader.loop.time()))
 
-    async def _wait_for_thread(self, ending: socket.socket, request: PGcancelConn) -> None:
-        """Wait until no thread is inside libpq, or the server has ended the session: until then what arrives is the
-        thread's. It may just be about to send its statement, so that one request to cancel could come too early.
+    async def _cancel_again(self, ending: socket.socket, request: PGcancelConn) -> None:
+        """Go on cancelling until the server has ended the session, where one request may not do. A thread may just be
+        about to send its statement; until none is inside libpq what arrives is the thread's. Of a pipeline each
+        statement is to be cancelled: the server has read them all, and would execute the next.
         """
         pause = END_INTERVAL
-        if self.in_thread:
+        if self.in_thread or self.has_several:
             with contextlib.suppress(OSError):  # the server has closed it
                 ending.shutdown(socket.SHUT_WR)
-        while self.in_thread and not peer_has_closed(ending.fileno()):
+        while (self.in_thread or self.has_several) and not peer_has_closed(ending.fileno()):
             await asyncio.sleep(pause)
-            pause = min(2 * pause, MAX_END_INTERVAL)
+            pause = min(2 * pause, MAX_END_INTERVAL if self.in_thread else 5 * END_INTERVAL)
             request.reset()
             await self._send_cancel(request)
 

@@ -160,6 +160,23 @@ async def test_a_lane_for_which_nobody_waits_any_more_gives_up_its_place(
         assert pool.stats().abandoned == 0
 
 
+@on_both_loops
+async def test_a_lane_for_which_nobody_waits_gives_up_its_place_however_much_it_has_to_do(
+    dsn: str, admin: Admin, application_name: str
+) -> None:
+    """The server has read all of it, and would do one after the other."""
+    async with Pool(dsn, max_size=1, lanes=1, cancel_timeout=CANCEL_TIMEOUT, check_timeout=20) as pool:
+        await learn(pool, SLEEP)
+        tasks = [await send(pool.fetchval(SLEEP, [number, FOR_EVER])) for number in range(10)]
+        assert pool.stats().waiting == 0
+        (gone,) = admin.pids(application_name)
+        for task in tasks:
+            task.cancel()
+        assert await _lease(pool) != gone
+        await assert_quiet(pool, admin, application_name)
+        assert pool.stats().abandoned == 0
+
+
 async def _lease(pool: Pool[Connection]) -> int:
     async with pool.acquire(timeout=20) as conn:
         return conn.info.backend_pid
