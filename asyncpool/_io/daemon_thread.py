@@ -20,19 +20,17 @@ async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
     cancellation leaves the thread behind; it ends when the function does.
     """
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
+    # What the function returns or raises may hold a password: it is nowhere where a repr, a task's above all, shows it.
+    over: asyncio.Future[None] = loop.create_future()
+    result: T
+    error: BaseException | None = None
 
-    def deliver(result: T | None, error: BaseException | None) -> None:
-        if answer.done():
-            return
-        if error is not None:
-            answer.set_exception(error)
-        else:
-            answer.set_result(result)  # type: ignore[arg-type]  # a T where there is no error
+    def wake() -> None:
+        if not over.done():
+            over.set_result(None)
 
     def run() -> None:
-        result: T | None = None
-        error: BaseException | None = None
+        nonlocal result, error
         try:
             result = function()
         except BaseException as ex:
@@ -41,7 +39,13 @@ async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
                 error = RuntimeError(brief(ex))
                 error.__cause__ = ex
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
-            loop.call_soon_threadsafe(deliver, result, error)
+            loop.call_soon_threadsafe(wake)
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    return await answer
+    await over
+    if error is not None:
+        try:
+            raise error
+        finally:
+            error = None  # it refers to this frame
+    return result
