@@ -107,7 +107,6 @@ class Session:
         self.guard = guard or contextlib.nullcontext()
         self.granted_to: Any = None  # if shared: the waiter that has not taken it yet, and the number of its lease
         self.alive_at = 0.0  # if shared: when its socket was last seen open, or the server heard
-        self.has_several = False  # whether more statements than one may have to be cancelled
         self.in_thread = False  # whether one is inside libpq now: then nobody else may finish the PGconn
         self.cancel_timeout = cancel_timeout
         self.connection: Any = None
@@ -117,6 +116,7 @@ class Session:
         self.ending: socket.socket | None = None  # after `sever`: the server's end of the session comes here
         self.ending_limit: asyncio.TimerHandle | None = None  # severs if a cancelled statement does not end
         self.cancel: PGcancelConn | None = None  # and by this it is asked to stop working for it
+        self.has_several = False  # whether that is a pipeline, each statement of which is to be cancelled
         self.undone_lease = NOT_LEASED  # the last one that was ended by hand with a transaction open
         self.lease = NOT_LEASED  # the number of the current lease
         self.prepared = 0  # how many statements psycopg had prepared when the last lease ended
@@ -320,28 +320,40 @@ class Session:
             self._finish()
         if self.ending is None:
             return True  # the server has ended it
-        deadline = self.reader.loop.time() + timeout
+        loop = self.reader.loop
+        deadline = loop.time() + timeout
         if self.cancel is not None:
             with anyio.move_on_after(timeout):
                 await self._send_cancel(self.cancel)
-                await self._cancel_again(self.ending, self.cancel)
+                await self._wait_for_thread(self.ending, self.cancel)
         if self.in_thread:
             return _shut_down(self.ending)
-        return await linger(self.ending, max(0.0, deadline - self.reader.loop.time()))
+        cancelling = None
+        if self.cancel is not None and self.has_several:
+            cancelling = loop.create_task(self._cancel_the_next(self.cancel), name="asyncpool: cancel a pipeline")
+        try:
+            return await linger(self.ending, max(0.0, deadline - loop.time()))
+        finally:
+            if cancelling is not None:
+                cancelling.cancel()
 
-    async def _cancel_again(self, ending: socket.socket, request: PGcancelConn) -> None:
-        """Go on cancelling until the server has ended the session, where one request may not do. A thread may just be
-        about to send its statement; until none is inside libpq what arrives is the thread's. Of a pipeline each
-        statement is to be cancelled: the server has read them all, and would execute the next.
+    async def _wait_for_thread(self, ending: socket.socket, request: PGcancelConn) -> None:
+        """Wait until no thread is inside libpq, or the server has ended the session: until then what arrives is the
+        thread's. It may just be about to send its statement, so that one request to cancel could come too early.
         """
         pause = END_INTERVAL
-        if self.in_thread or self.has_several:
+        if self.in_thread:
             with contextlib.suppress(OSError):  # the server has closed it
                 ending.shutdown(socket.SHUT_WR)
-        while (self.in_thread or self.has_several) and not peer_has_closed(ending.fileno()):
+        while self.in_thread and not peer_has_closed(ending.fileno()):
             await asyncio.sleep(pause)
-            pause = min(2 * pause, MAX_END_INTERVAL if self.in_thread else 5 * END_INTERVAL)
-            request.reset()
+            pause = min(2 * pause, MAX_END_INTERVAL)
+            await self._send_cancel(request)
+
+    async def _cancel_the_next(self, request: PGcancelConn) -> None:
+        """Cancel one statement of a pipeline after the other: the server has read them, and would execute them all."""
+        while True:
+            await asyncio.sleep(END_INTERVAL)
             await self._send_cancel(request)
 
     @property
