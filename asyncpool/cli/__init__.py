@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from asyncpool.cli import demo
+from asyncpool.cli.extras import MissingExtra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["main"]
+
+COULD_NOT_RUN = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,5 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo.add_command(commands)
     parsed = parser.parse_args(arguments)
-    status: int = parsed.run(parsed, parser)
+    try:
+        status: int = parsed.run(parsed, parser)
+    except MissingExtra as missing:
+        print(f"asyncpool: {missing}", file=sys.stderr)
+        return COULD_NOT_RUN
     return status
