@@ -14,6 +14,7 @@ from .errors import (
     WrongLoop,
 )
 from .events import CloseReason, CommitStatus, Holder, PoolStats
+from .histogram import Histogram
 from .pool import Pool
 from .sync import SyncPool
 
@@ -21,6 +22,7 @@ __all__ = [
     "CloseReason",
     "CommitOutcomeUnknown",
     "CommitStatus",
+    "Histogram",
     "Holder",
     "Pool",
     "PoolClosed",

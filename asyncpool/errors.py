@@ -7,13 +7,48 @@ from typing import Any
 from psycopg import OperationalError
 from psycopg.errors import TransactionResolutionUnknown
 
+from .events import Holder
+
 
 class PoolError(OperationalError):
     """Base of all errors of the pool. An OperationalError, so that code that handles those handles these."""
 
 
 class PoolTimeout(PoolError, TimeoutError):
-    """No connection within the time allowed. The last connect error, if there is one, is its `__cause__`."""
+    """No connection within the time allowed. It tells who has them, and why that may be; the last connect error, if the
+    pool has not connected since, is its `__cause__`. It can be pickled.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        pool: str = "",
+        waited: float = 0.0,
+        position: int | None = None,
+        in_use: int = 0,
+        idle: int = 0,
+        connecting: int = 0,
+        max_size: int = 0,
+        holders: tuple[Holder, ...] = (),
+        connect_error_age: float | None = None,
+    ) -> None:
+        super().__init__(*args)
+        self.pool = pool
+        """The pool's name."""
+        self.waited = waited
+        """For how many seconds."""
+        self.position = position
+        """The caller's place in the queue when its time was over, 1 for the next in turn. None if it stood in none, as
+        for one-shot statements, or too far back to be counted.
+        """
+        self.in_use = in_use
+        self.idle = idle
+        self.connecting = connecting
+        self.max_size = max_size
+        self.holders = holders
+        """The leases held longest, three at most."""
+        self.connect_error_age = connect_error_age
+        """How many seconds ago a connect failed; None if the pool has connected since."""
 
 
 class PoolClosed(PoolError):

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import sys
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from threading import get_ident
 from time import monotonic
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, Unpack, cast, overload
 
 import anyio
@@ -18,16 +19,21 @@ from psycopg import AsyncConnection
 from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, TupleRow
 
-from ._core.states import PoolPhase, SlotState
+from ._core.states import PoolPhase
 from ._io.acquisition import DEFAULT, Acquisition, Default, check_not_failed
 from ._io.commit import ask_status, known_status, track
 from ._io.connection import PooledConnection
 from ._io.driver import Conninfo, Driver, check_event_loop
-from ._io.leases import Leases, logger
+from ._io.holders import holders_of
+from ._io.leases import Leases
+from ._io.log import logger
+from ._io.observation import Observation, Observations
 from ._io.one_shot import TaskOneShot, one_shot, rows_of, run_many
+from ._io.refusals import timed_out
 from ._io.runner import Runner
-from ._io.session import NOT_LEASED, POOLS_OWN, Session
+from ._io.session import NOT_LEASED, POOLS_OWN
 from ._io.statement import pace_of
+from ._io.statistics import stats_of
 from .config import (
     OPTION_NAMES,
     PoolConfig,
@@ -40,8 +46,8 @@ from .config import (
     split_options,
 )
 from .conninfo import CONNECT_OPTIONS, check_option_names
-from .errors import CommitOutcomeUnknown, PoolClosed, PoolError, PoolTimeout
-from .events import CommitStatus, Holder, PoolStats
+from .errors import CommitOutcomeUnknown, PoolClosed, PoolError
+from .events import CommitStatus, Holder, Observer, PoolStats
 from .options import Options
 
 _NOT_A_LEASE = (NOT_LEASED, POOLS_OWN)
@@ -110,6 +116,7 @@ class Pool(Generic[C]):
         self._config = PoolConfig(**own)
         self._driver = self._driver_class(self._config, conninfo, given)
         self._sizes = self._config.min_size, self._config.max_size
+        self._observations = Observations(self._config.name)
 
     def __repr__(self) -> str:
         runner = self._runner
@@ -144,10 +151,8 @@ class Pool(Generic[C]):
         try:
             await asyncio.wait((runner.opening,), timeout=limit or None)
             if not runner.opening.done():
-                raise PoolTimeout(
-                    f"{self.name}: min_size={runner.machine.min_size} was not connected within {limit:g} s;"
-                    f" {runner.describe()}"
-                ) from runner.last_connect_error
+                words = f"min_size={runner.machine.min_size} was not connected within {limit:g} s"
+                raise timed_out(runner, words, limit or 0.0)
             if error := runner.opening.exception():
                 raise error
             if runner.phase is not PoolPhase.OPEN:
@@ -170,7 +175,7 @@ class Pool(Generic[C]):
                     raise PoolClosed(f"{self.name} is being closed: await close() before opening it again")
                 return runner
         debug = self._config.debug if self._config.debug is not None else sys.flags.dev_mode
-        self._runner = runner = self._runner_class(self._config, self._driver, debug=debug)
+        self._runner = runner = self._runner_class(self._config, self._driver, self._observations, debug=debug)
         runner.machine.min_size, runner.machine.max_size = self._sizes
         runner.open(single_round=single_round)
         return runner
@@ -270,7 +275,7 @@ class Pool(Generic[C]):
             leases.check_former(self._config)
         elif get_ident() != runner.thread or not runner.loop.is_running():
             runner.check_loop()
-        pooled = cast(PooledConnection, connection)
+        pooled: Any = connection  # a cast() takes time
         if pooled._session.lease in _NOT_A_LEASE:
             raise PoolError(f"{self.name}: this connection was released already")
         if not leases.give_back_clean(pooled):
@@ -499,44 +504,30 @@ class Pool(Generic[C]):
         await runner.wait_for_checks()
 
     def stats(self) -> PoolStats:
-        """The sizes now, all 0 of a closed pool, and the totals since it was last opened."""
-        runner = self._runner
-        machine = runner.machine if runner is not None and runner.phase is not PoolPhase.CLOSED else None
-        count = machine.count if machine is not None else lambda state: 0
-        totals = runner.machine if runner is not None else None
-        return PoolStats(
-            name=self.name,
-            min_size=self._sizes[0],
-            max_size=self._sizes[1],
-            size=machine.size if machine is not None else 0,
-            connecting=count(SlotState.CONNECTING),
-            idle=count(SlotState.IDLE),
-            leased=count(SlotState.LEASED),
-            checking=count(SlotState.CHECKING),
-            recycling=count(SlotState.RECYCLING),
-            closing=count(SlotState.CLOSING),
-            waiting=runner.waiting if machine is not None and runner is not None else 0,
-            acquires=totals.acquires if totals is not None else 0,
-            timeouts=totals.timeouts + runner.multiplexer.timeouts if totals is not None and runner is not None else 0,
-            one_shots=runner.multiplexer.answered + runner.multiplexer.answered_in_threads if runner is not None else 0,
-            connects=totals.connects if totals is not None else 0,
-            connect_errors=totals.connect_errors if totals is not None else 0,
-            abandoned=self._driver.abandoned,
-            closes=MappingProxyType(dict(totals.closes) if totals is not None else {}),
-        )
+        """The sizes now, all 0 of a closed pool, and the totals since it was last opened. Any thread may ask."""
+        return stats_of(self.name, self._sizes, self._runner, self._driver.abandoned)
 
     def holders(self) -> list[Holder]:
-        """The connections in use, the one held longest first."""
+        """The connections in use, the one held longest first. Any thread may ask."""
         runner = self._runner
         if runner is None or runner.phase is PoolPhase.CLOSED:
             return []
-        now = monotonic()
-        sessions = [(slot, slot.resource) for slot in runner.machine.leases()]
-        return [
-            Holder(session.site, now - slot.leased_at, session.backend_pid, session.stack)
-            for slot, session in sessions
-            if isinstance(session, Session)  # else its end came meanwhile, in another thread
-        ]
+        return holders_of(runner.machine.leases(), monotonic())
+
+    def observe(self, observer: Observer) -> Observation:
+        """Have `observer` called for every event from now on (see `asyncpool.events`), one after the other, in a thread
+        of its own, some 20 ms after it has happened; until `stop()` of what is returned.
+
+        Its errors are logged, and its pace is not the pool's: if it is more than 100,000 events behind, what comes then
+        is not told, which the log says. Raises TypeError if it cannot be called.
+        """
+        if not callable(observer):
+            raise TypeError(f"observer must be a callable that takes an event, not {shown(observer)}")
+        observation = self._observations.add(observer)
+        weakref.finalize(self, observation.stop)
+        if self._runner is not None:
+            self._runner.find_plain()
+        return observation
 
     # --- refusals -------------------------------------------------------------------------------------------
 

@@ -27,16 +27,18 @@ from ._io.blocking_driver import BlockingDriver
 from ._io.blocking_one_shot import ThreadOneShot
 from ._io.commit import ask_status, known_status, track
 from ._io.connection import RELEASED, UNUSABLE, PooledBlockingConnection
-from ._io.leases import Leases, logger
+from ._io.leases import Leases
 from ._io.locked_machine import ensure_stack
+from ._io.log import logger
 from ._io.loop_thread import LoopThread, check_not_finalizing
+from ._io.observation import Observation
 from ._io.pipe import has_raw_cursors
 from ._io.session import IDLE, NOT_LEASED, SEVERED
 from ._io.statement import OneShot, pace_of
 from ._io.watch import WATCH_STALENESS
 from .config import check_one_shot, check_timeout, is_true, shown
 from .errors import CommitOutcomeUnknown, PoolError, PoolTimeout
-from .events import CloseReason, CommitStatus, Holder, PoolStats
+from .events import CloseReason, CommitStatus, Holder, Observer, PoolStats
 from .options import BlockingOptions
 from .pool import CLOSE_TIMEOUT, Pool
 
@@ -256,7 +258,7 @@ class SyncPool(Generic[C]):
         if key is None and timeout is DEFAULT:
             # `_lend` in line: a call less, of the ten that there are to getconn and putconn.
             runner = self._pool._runner
-            if runner is not None and runner.plain and _get_running_loop() is None:
+            if runner is not None and runner.is_plain and _get_running_loop() is None:
                 now = monotonic()
                 connection = runner.machine.lend(now, now - WATCH_STALENESS, frame.f_code, frame.f_lasti)
                 if connection is not None:
@@ -268,7 +270,7 @@ class SyncPool(Generic[C]):
     def _lend(self, frame: FrameType) -> C | None:
         """A connection, if one was seen alive so lately that it can be had without looking at it."""
         runner = self._pool._runner
-        if runner is None or not runner.plain or _get_running_loop() is not None:
+        if runner is None or not runner.is_plain or _get_running_loop() is not None:
             return None
         now = monotonic()
         return runner.machine.lend(now, now - WATCH_STALENESS, frame.f_code, frame.f_lasti)  # type: ignore[no-any-return]  # a C
@@ -576,6 +578,10 @@ class SyncPool(Generic[C]):
         """The connections in use, the one held longest first."""
         return self._pool.holders()
 
+    def observe(self, observer: Observer) -> Observation:
+        """Have `observer` called for every event from now on, in a thread of its own; as `Pool.observe`."""
+        return self._pool.observe(observer)
+
     def _forget_parent(self) -> None:
         """In a forked child: start anew, as empty as a new pool."""
         runner = self._pool._runner
@@ -586,6 +592,7 @@ class SyncPool(Generic[C]):
             self._forked = runner.machine.phase in (PoolPhase.OPENING, PoolPhase.OPEN)
             self._pool._runner = None
             runner.disown()
+        self._pool._observations.restart()
 
 
 def _until(deadline: float) -> float:

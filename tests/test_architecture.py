@@ -22,7 +22,9 @@ PACKAGE = Path(asyncpool.__file__).parent
 
 # A room may import from those before it, and from itself; of the first each stands alone.
 FLOORS = (
-    {"errors", "config", "conninfo", "events", "options"},
+    {"histogram", "config", "conninfo", "options"},
+    {"events"},
+    {"errors"},
     {"_core"},
     {"_io"},
     {"pool"},

@@ -59,6 +59,7 @@ class Refuse:
 
     waiter: Waiter
     refusal: Refusal
+    position: int = 0  # where in the queue it was; 0 if that is not known
 
 
 @dataclass(slots=True)

@@ -80,6 +80,7 @@ class PoolMachine:
         "min_size",
         "phase",
         "timeouts",
+        "unused",
         "uses_of_gone",
         "waiters",
     )
@@ -121,6 +122,7 @@ class PoolMachine:
         self._effects: list[Effect] = []
         self._numbers = 0
         self.uses_of_gone = 0
+        self.unused = 0  # leases that nobody has had
         self.timeouts = 0
         self.connects = 0
         self.connect_errors = 0
@@ -144,8 +146,8 @@ class PoolMachine:
 
     @property
     def acquires(self) -> int:
-        """How many leases there have been."""
-        return self.uses_of_gone + sum(slot.uses for slot in tuple(self._slots))
+        """How many leases there have been that somebody has had."""
+        return self.uses_of_gone + sum(slot.uses for slot in tuple(self._slots)) - self.unused
 
     def leases(self) -> list[Slot]:
         """The leased slots, longest held first."""
@@ -215,6 +217,10 @@ class PoolMachine:
         is_proof = witness is not None and witness.state is LEASED and not (witness.owner and witness.owner() is owner)
         return not is_proof and self._is_circle()
 
+    def note_unused(self) -> None:
+        """A lease was none: its connection had ended, or it carries one-shot statements."""
+        self.unused += 1
+
     def _turn_away(self, waiter: Waiter, now: float) -> Effects:
         """The queue is full: refuse, but grow as for a waiter, so that a later caller finds a connection."""
         self._turned_away = 1
@@ -228,6 +234,7 @@ class PoolMachine:
         if slot is None:
             self.waiters.discard(waiter)
             return NO_EFFECTS
+        PoolMachine.note_unused(self)
         if slot.state is not LEASED:
             return NO_EFFECTS  # severed meanwhile
         return PoolMachine.give_back(self, slot, slot.verified_at, now)
@@ -602,9 +609,9 @@ class PoolMachine:
     # --- deadlines ------------------------------------------------------------------------------------------
 
     def _refuse_overdue(self, now: float) -> None:
-        for waiter in self.waiters.pop_overdue(now):
+        for waiter, position in self.waiters.pop_overdue(now):
             self.timeouts += 1
-            self._effects.append(Refuse(waiter, Refusal.TIMEOUT))
+            self._effects.append(Refuse(waiter, Refusal.TIMEOUT, position))
 
     def _refuse_all(self, refusal: Refusal) -> None:
         self._effects.extend(Refuse(waiter, refusal) for waiter in self.waiters)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from .policy import NEVER
 
 if TYPE_CHECKING:
     from .slot import Slot
+
+
+# How far a place in the queue is counted: of many who are refused at once, each is looked for.
+COUNTED = 1000
 
 
 class Waiter:
@@ -78,17 +83,20 @@ class WaiterQueue(OrderedDict[Waiter, None]):
             if self._early:
                 self._forget_early()
 
-    def pop_overdue(self, now: float) -> Iterator[Waiter]:
-        """Take out all whose deadline has come."""
+    def pop_overdue(self, now: float) -> Iterator[tuple[Waiter, int]]:
+        """Take out all whose deadline has come, with their places in the queue, from 1; 0 if that is far back."""
+        popped = 0
         while self and (first := next(iter(self))).deadline <= now:
             del self[first]
-            yield first
+            popped += 1
+            yield first, popped
         early = self._early
         while early and (early[0][0] <= now or early[0][2] not in self):
             _, _, waiter = heapq.heappop(early)
             if waiter in self:
+                ahead = next((number for number, other in enumerate(islice(self, COUNTED)) if other is waiter), None)
                 del self[waiter]
-                yield waiter
+                yield waiter, 0 if ahead is None else popped + ahead + 1
 
     def next_deadline(self) -> float:
         """No later than the first deadline: that of a waiter that has left may still count.

@@ -8,16 +8,15 @@ from collections.abc import Awaitable, Callable, Generator
 from threading import get_ident
 from time import monotonic
 from types import CodeType, FunctionType, TracebackType, coroutine
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import ref
 
 from psycopg import AsyncConnection, pq
 
-from .._core.effects import Refusal
 from .._core.policy import NEVER
 from .._core.slot import Slot
 from ..errors import PoolClosed, PoolError
-from ..events import CloseReason
+from ..events import CloseReason, Queued
 from .connection import Leased, PooledConnection, describe_unfinished
 from .leases import LEASED
 from .reader import BAD
@@ -69,23 +68,29 @@ class Acquisition(Generic[C]):
         slot = runner.machine.take(now)
         if slot is None:
             slot = yield from self._wait(now)
-        slot.owner = ref(task) if in_block and task is not None else None
         session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
+        session.holder = holder = ref(task or runner.loop)
         session.site_code = self._code
         session.site_offset = self._offset
         if session.touched:  # somebody went on with the object after its release
             runner.leases.restore(session, session.connection)
-        connection: Any = (
-            session.connection if runner.plain else runner.leases.renew_for_debug(session, session.connection)
-        )
+        connection: Any = session.connection
         session.connection = None
-        session.lease = self._lease = slot.uses
-        self._connection = connection
-        if not runner.plain:
-            yield from self._set_up(connection).__await__()
-            if session.lease != self._lease:
-                raise PoolError(f"{runner.config.name}: setup has given its connection back")
-        return connection  # type: ignore[no-any-return]  # of the class that the pool was given
+        session.lease = lease = slot.uses
+        if in_block:
+            slot.owner = holder
+            self._lease = lease
+            self._connection = connection
+        else:
+            slot.owner = None
+        if runner.is_plain:
+            return connection  # type: ignore[no-any-return]  # of the class that the pool was given
+        self._lease = lease
+        self._connection = connection = runner.leases.begin(session, connection, now)
+        yield from self._set_up(connection).__await__()
+        if session.lease != lease:
+            raise PoolError(f"{runner.config.name}: setup has given its connection back")
+        return connection  # type: ignore[no-any-return]  # as above
 
     def _wait(self, began: float) -> Generator[Any, Any, Slot]:
         """Stand in the queue until a connection comes that lives.
@@ -100,22 +105,27 @@ class Acquisition(Generic[C]):
             waiter = FutureWaiter(deadline, current_task(runner.loop), runner.loop.create_future())
             if effects := runner.machine.enqueue(waiter, now):
                 runner.perform(effects)
+            if runner.observations:
+                runner.observations.note(Queued, runner.waiting)
             try:
                 if waiter.future.done() and waiter.slot is None:
                     yield  # refused at once: a loop that tries again must not keep the event loop from everybody else
                 yield from waiter.future
             except BaseException:
+                runner.cancelled += 1
                 runner.perform(runner.machine.withdraw(waiter, monotonic()))
                 raise
-            if waiter.future.result() is not None:
-                raise runner.refusal(cast(Refusal, waiter.future.result()), began)
+            if (refuse := waiter.future.result()) is not None:
+                raise runner.refusal(refuse, began)
             slot = waiter.slot
             if slot is None or slot.state is not LEASED:
                 raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
             now = monotonic()
             runner.watch.look(now)
             if not slot.is_disconnected:
+                runner.waits.record(now - began)
                 return slot
+            runner.machine.note_unused()
             runner.perform(runner.machine.discard(slot, slot.doom, now))  # it ended since it was granted
 
     async def _set_up(self, connection: PooledConnection) -> None:

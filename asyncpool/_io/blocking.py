@@ -19,14 +19,15 @@ from .._core.machine import PoolMachine
 from .._core.policy import NEVER
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError
-from ..events import CloseReason
+from ..events import CloseReason, Queued
 from .acquisition import Default
 from .blocking_acquisition import BlockingLeases
 from .blocking_one_shot import Submissions
 from .driver import Driver
 from .leases import LEASED, Leases
-from .locked_machine import LockedMachine, ThreadWaiter, ensure_stack
+from .locked_machine import LockedMachine, ThreadWaiter, current, ensure_stack
 from .loop_thread import OWN_THREAD, Hold, LoopThread, check_not_finalizing
+from .observation import Observations
 from .reader import socket_of
 from .runner import Runner, is_bound_to_its_owner
 from .session import FORKED, SEVERED, Session
@@ -54,13 +55,14 @@ class BlockingRunner(Runner):
     _leases_class = BlockingLeases
     is_drop_in = False  # for psycopg2's pools: there close() closes, and giving back a transaction is the custom
 
-    def __init__(self, config: PoolConfig, driver: Driver, *, debug: bool) -> None:
-        super().__init__(config, driver, debug=debug)
+    def __init__(self, config: PoolConfig, driver: Driver, observations: Observations, *, debug: bool) -> None:
+        super().__init__(config, driver, observations, debug=debug)
         if self.is_drop_in:
             self.leases.close_returns = False
             self.leases.warn_in_transaction = False
         self.leases.finish_interrupted = self.finish_interrupted
         self.leases.take_back = self.machine.take_back
+        self.machine.holds = self.leases.holds
         hold = LoopThread.hold()
         self._loop_thread = hold.thread
         self.submissions = Submissions(self)
@@ -151,14 +153,17 @@ class BlockingRunner(Runner):
         """A connection, taken or waited for. Raises as `SyncPool.getconn`; Ctrl-C leaves nothing behind."""
         now = monotonic()
         connection = self.machine.lend(now, -NEVER, code, offset)
-        if connection is None or self._has_ended(connection):
-            connection = self._wait_for_one(now, timeout)
+        if connection is not None and not self._has_ended(connection):
             session: Session = connection._session
+        else:
+            connection = self._wait_for_one(now, timeout)
+            session = connection._session
             session.site_code = code
             session.site_offset = offset
             if session.touched:  # somebody went on with the object after its release
                 self.leases.restore(session, connection)  # `session.connection` is None of a lease
-        return connection if self.plain else self.prepare(connection)
+        session.holder = current.owner
+        return connection if self.is_plain else self.prepare(connection, now)
 
     def _has_ended(self, connection: Any) -> bool:
         """Look at the socket of a connection that is about to be handed out; one that has ended is discarded."""
@@ -168,6 +173,7 @@ class BlockingRunner(Runner):
             session.alive_at = monotonic()
             return False
         ensure_stack()
+        self.machine.note_unused()
         self.leases.discard_lease(connection, CloseReason.DISCONNECTED)
         return True
 
@@ -189,18 +195,22 @@ class BlockingRunner(Runner):
                 else:
                     effects = self.machine.enqueue(waiter, now)
                 self.perform(effects)
+                if self.observations:
+                    self.observations.note(Queued, self.waiting)
                 waiter.wait()
                 connection = self.machine.lend_granted(waiter.slot) if waiter.slot is not None else None
             except BaseException:
+                self.cancelled += 1
                 self.perform(self.machine.withdraw(waiter, monotonic()))
                 raise
-            if waiter.refusal is not None:
-                raise self.refusal(waiter.refusal, waiter.began)
+            if waiter.refuse is not None:
+                raise self.refusal(waiter.refuse, waiter.began)
             if connection is None:
                 raise PoolClosed(f"{self.config.name} is closed")  # between the grant and now
-            if not self._has_ended(connection):
-                return connection
             now = monotonic()
+            if not self._has_ended(connection):
+                self.waits.record(now - began)
+                return connection
 
     async def _set_up(self, connection: Any) -> TimeoutError | None:
         """Run `setup`. A TimeoutError is returned, because a future makes another one of it on its way to a thread."""
@@ -210,10 +220,10 @@ class BlockingRunner(Runner):
             return error
         return None
 
-    def prepare(self, connection: Any) -> Any:
-        """What `debug` and `setup` want to be done with a lease."""
+    def prepare(self, connection: Any, began: float) -> Any:
+        """What `debug`, `setup` and observers want to be done with a lease that was asked for at that time."""
         session: Session = connection._session
-        connection = self.leases.renew_for_debug(session, connection)
+        connection = self.leases.begin(session, connection, began)
         if self.config.setup is not None:
             lease = session.lease
             answer = asyncio.run_coroutine_threadsafe(self._set_up(connection), self.loop)

@@ -13,7 +13,7 @@ from psycopg import Connection
 from .acquisition import check_not_undone, has_to_commit
 from .connection import Leased
 from .leases import Leases
-from .locked_machine import current, ensure_stack
+from .locked_machine import ensure_stack
 from .session import IDLE, SEVERED, Session
 
 C = TypeVar("C", bound=Connection[Any])
@@ -50,7 +50,7 @@ class BlockingAcquisition(Generic[C]):
         self._connection = connection
         session: Session = connection._session
         self._number = session.lease
-        session.slot.owner = current.owner  # type: ignore[union-attr]  # it has one while it is leased
+        session.slot.owner = session.holder  # type: ignore[union-attr]  # it has one while it is leased
         return connection  # type: ignore[no-any-return]  # a C
 
     def __exit__(

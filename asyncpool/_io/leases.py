@@ -20,15 +20,16 @@ from .._core.slot import Slot
 from .._core.states import SlotState
 from ..config import PoolConfig
 from ..errors import PoolError, WrongLoop
-from ..events import CloseReason
+from ..events import Acquired, CloseReason, Released
+from ..histogram import SHORTEST, Durations
 from .client_state import read_client_state
 from .connection import Leased, describe_unfinished
+from .log import Log, logger
+from .observation import Observations
 from .reader import BAD
 from .session import FORKED, IDLE, NOT_LEASED, SEVERED, Session
 from .site import LANE, describe_stack
 from .watch import DisconnectWatch
-
-logger = logging.getLogger("asyncpool")
 
 LEASED = SlotState.LEASED
 _IDLE = int(IDLE)
@@ -46,6 +47,7 @@ class Leases:
         machine: PoolMachine,
         watch: DisconnectWatch[Session],
         perform: Callable[[Effects], None],
+        observations: Observations,
         *,
         debug: bool,
     ) -> None:
@@ -53,8 +55,12 @@ class Leases:
         self._config = config
         self._machine = machine
         self._perform = perform
+        self._observations = observations
         self._watch = watch
         self._loop = watch.loop
+        self.log = Log(config.name, self._loop)
+        self.holds = Durations()  # but for those that are shorter than SHORTEST
+        self.returned_bad = 0
         self.finished: asyncio.Future[None] = self._loop.create_future()  # for what was done when it was called
         self.finished.set_result(None)
         self._debug = debug
@@ -71,11 +77,11 @@ class Leases:
         session.lease = NOT_LEASED
         session.connection = connection
         now = monotonic()
-        if session.held_warned:
-            self._note_returned(session, now)
+        slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased; a cast() takes time
+        if now - slot.leased_at > SHORTEST or session.is_noted:
+            self.note_end(session, now)
         if self._machine.waiters:
             self._watch.look(now)  # it is handed out at once
-        slot: Slot = session.slot  # type: ignore[assignment]  # it has one while it is leased; a cast() takes time
         effects = self._machine.give_back(slot, session.reader.answered_at, now)
         if effects:
             self._perform(effects)
@@ -113,8 +119,7 @@ class Leases:
             session.undone_lease = lease
         session.connection = connection
         now = monotonic()
-        if session.held_warned:
-            self._note_returned(session, now)
+        self.note_end(session, now)
         self._watch.look(now)
         effects = self._take_back_changed(connection, session, cast(Slot, session.slot), now, after_block=after_block)
         self._perform(effects)
@@ -126,17 +131,16 @@ class Leases:
     ) -> Effects:
         assert session.baseline is not None
         if session.pgconn.status == BAD:
+            self.returned_bad += 1
             reason = CloseReason.DISCONNECTED if session.is_lost else CloseReason.DISCARDED
             return self._machine.discard(slot, reason, now)
         if busy := describe_unfinished(connection):
-            logger.warning(
-                "%s: closing a connection that was returned %s (acquired at %s)",
-                self._config.name,
-                busy,
-                session.site,
-            )
+            self.returned_bad += 1
+            text = "closing a connection that was returned %s (acquired at %s)"
+            self.log.write(logging.WARNING, "returned busy", text, busy, session.site)
             return self._machine.discard(slot, CloseReason.RETURNED_BUSY, now)
         if session.pgconn.transaction_status in _TRANSACTION and not after_block:
+            self.returned_bad += 1
             self._warn_in_transaction(session)
         session.baseline.restore(connection)
         if session.refused_write:
@@ -145,7 +149,7 @@ class Leases:
             session.refused_write = False
         if session.pgconn.transaction_status == IDLE and not self._reset_needed:
             if session.is_read_only:
-                logger.info("%s: closing a connection whose server has become read-only", self._config.name)
+                self.log.write(logging.INFO, "read-only", "closing a connection whose server has become read-only")
                 return self._machine.discard(slot, CloseReason.READ_ONLY, now)
             session.prepared = connection._prepared._prepared_idx
             return self._machine.give_back(slot, session.reader.answered_at, now)
@@ -185,6 +189,7 @@ class Leases:
         session.lease = NOT_LEASED
         slot = cast(Slot, session.slot)
         if slot.state is LEASED:
+            self.note_end(session, monotonic())
             session.connection = connection
             session.touched = False
             if reason is CloseReason.DISCARDED:
@@ -224,6 +229,14 @@ class Leases:
         if slot is None or slot.state is not LEASED or slot.uses != lease:
             return
         site = session.stack or session.site
+        self.returned_bad += 1
+        self.note_end(session, monotonic())
+        self.log.write(
+            logging.WARNING,
+            "lost",
+            "a connection was dropped without release, and is closed (acquired at %s)",
+            session.site,
+        )
         session.lease = SEVERED
         session.touched = True
         self._perform(self._machine.discard(slot, CloseReason.LEASE_LOST, monotonic()))
@@ -233,8 +246,13 @@ class Leases:
             stacklevel=1,
         )
 
-    def renew_for_debug(self, session: Session, former: Leased) -> Leased:
-        """With `debug`: keep the acquire's full stack, and take a connection object that no other lease shares."""
+    def begin(self, session: Session, former: Leased, began: float) -> Leased:
+        """Tell observers of a lease that was asked for at `began`. With `debug`: keep the acquire's full stack, and
+        take a connection object that no other lease shares.
+        """
+        if self._observations:
+            session.is_noted = True
+            self._observations.note(Acquired, max(0.0, cast(Slot, session.slot).leased_at - began))
         if not self._debug:
             return former
         session.stack = describe_stack()
@@ -258,7 +276,7 @@ class Leases:
             if now < slot.leased_at + limit:
                 due = min(due, slot.leased_at + limit)
                 continue
-            session.held_warned = True
+            session.held_warned = session.is_noted = True
             logger.warning(
                 "%s: a connection is held for %.3g s, longer than long_held_after=%.3g s (acquired at %s)",
                 self._config.name,
@@ -268,15 +286,21 @@ class Leases:
             )
         self._held_timer = self._loop.call_later(due - now, self.watch_long_held)
 
-    def _note_returned(self, session: Session, now: float) -> None:
-        session.held_warned = False
+    def note_end(self, session: Session, now: float) -> None:
+        """Count a lease that ends, and tell of it whoever wants to know."""
         assert session.slot is not None
-        logger.warning(
-            "%s: the long-held connection came back after %.3g s (acquired at %s)",
-            self._config.name,
-            now - session.slot.leased_at,
-            session.site,
-        )
+        if session.site_code is LANE:
+            return
+        held = now - session.slot.leased_at
+        if held > SHORTEST:
+            self.holds.record(held)
+        if session.is_noted:
+            session.is_noted = False
+            self._observations.note(Released, held)
+            if session.held_warned:
+                session.held_warned = False
+                text = "%s: the long-held connection came back after %.3g s (acquired at %s)"
+                logger.warning(text, self._config.name, held, session.site)
 
     def stop(self) -> None:
         """Look for long-held leases no more."""

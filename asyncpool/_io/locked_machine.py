@@ -19,6 +19,7 @@ from .._core.slot import Slot
 from .._core.states import SlotState
 from ..config import PoolConfig
 from ..events import CloseReason
+from ..histogram import SHORTEST, Durations
 from .session import NOT_LEASED, SEVERED, Session
 
 P = ParamSpec("P")
@@ -29,9 +30,15 @@ IDLE, LEASED = SlotState.IDLE, SlotState.LEASED
 class ThreadOwner:
     """Stands for a thread, alone of its kind as long as somebody holds it: a thread's ident is another's after it."""
 
+    def __init__(self) -> None:
+        self._thread_name = threading.current_thread().name
+
     def __call__(self) -> ThreadOwner:
         """Itself, as a `Slot.owner` is asked."""
         return self
+
+    def __str__(self) -> str:
+        return f"thread {self._thread_name!r}"
 
 
 class _Current(threading.local):
@@ -45,14 +52,14 @@ current = _Current()
 class ThreadWaiter(Waiter):
     """A thread in the queue. It is woken with a slot or a refusal."""
 
-    __slots__ = ("_gate", "began", "refusal", "wants_errors")
+    __slots__ = ("_gate", "began", "refuse", "wants_errors")
 
     def __init__(self, deadline: float, began: float, *, wants_errors: bool = False) -> None:
         self.deadline = deadline
         self.owner = current.owner
         self.slot = None
         self.began = began
-        self.refusal: Refusal | None = None
+        self.refuse: Refuse | None = None
         self.wants_errors = wants_errors  # it is refused as soon as a connect fails
         self._gate = threading.Lock()
         self._gate.acquire()
@@ -144,6 +151,7 @@ class LockedMachine(PoolMachine):
         self._postponed: deque[tuple[Callable[[], Effects], Slot | None, int]] = deque()
         self.for_loop: deque[Effect] = deque()
         self._on_disturbed = on_disturbed
+        self.holds = Durations()
 
     def _divide(self, effects: Effects) -> Effects:
         for effect in effects:
@@ -151,7 +159,7 @@ class LockedMachine(PoolMachine):
                 effect.wake()
             elif type(effect) is Refuse and isinstance(effect.waiter, ThreadWaiter):
                 waiter = effect.waiter
-                waiter.refusal = effect.refusal
+                waiter.refuse = effect
                 waiter.wake()
             else:
                 self.for_loop.append(effect)
@@ -269,14 +277,16 @@ class LockedMachine(PoolMachine):
                 or fresh_until < self._wake_at
                 or slot.retires_at < self._wake_at
                 or len(self._slots) > self.max_size
-                or session.held_warned
+                or session.is_noted
                 or self._deciding
             ):
                 return False
-            if waiters := self.waiters:
-                if type(next(iter(waiters))) is not ThreadWaiter:
-                    return False  # the event loop is to be told
-                ensure_stack()  # `_hand_over` calls others
+            held = now - slot.leased_at
+            waiters = self.waiters
+            if waiters and type(next(iter(waiters))) is not ThreadWaiter:
+                return False  # the event loop is to be told
+            if waiters or held > SHORTEST:
+                ensure_stack()  # what is called then calls others
             mine = self._deciding = True
             session.lease = NOT_LEASED
             session.connection = connection
@@ -285,12 +295,13 @@ class LockedMachine(PoolMachine):
             slot.fresh_until = fresh_until if fresh_until < slot.expires_at else slot.expires_at  # noqa: FURB136
             if waiters:
                 self._hand_over(slot, now).wake()  # type: ignore[attr-defined]  # a ThreadWaiter
-                self._deciding = False
-                return True
-            self._leased.remove(slot)
-            slot.state = IDLE
-            self._idle.append(slot)
+            else:
+                self._leased.remove(slot)
+                slot.state = IDLE
+                self._idle.append(slot)
             self._deciding = False
+            if held > SHORTEST:
+                self.holds.record(held)
             return True
         except BaseException:
             if mine:
@@ -320,6 +331,11 @@ class LockedMachine(PoolMachine):
         """Lease the connection that was idle for the shortest time, to the pool itself."""
         with self.lock:
             return super().take(now)
+
+    def note_unused(self) -> None:
+        """A lease was none."""
+        with self.lock:
+            super().note_unused()
 
     def joined(self, waiter: Waiter, owner: object) -> bool:
         """Whether one more who stands still for a waiter completes a circle."""

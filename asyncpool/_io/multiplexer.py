@@ -14,16 +14,17 @@ from psycopg import errors as e
 from psycopg.abc import PQGen
 from psycopg.waiting import Ready, Wait
 
-from .._core.effects import Refusal
+from .._core.effects import Refusal, Refuse
 from .._core.lanes import LANE_STALL, LOOK_EVERY, MAX_SENDS, Lane, LaneMachine, Paces, Statement
 from .._core.policy import NEVER
-from .._core.queue import GroupWaiter
+from .._core.queue import GroupWaiter, Waiter
 from .._core.slot import Slot
 from .._core.states import PoolPhase
 from ..errors import PoolClosed, StatementOutcomeUnknown, StatementTimeout
-from ..events import CloseReason
+from ..events import CloseReason, LaneClosed, LaneOpened
 from .connection import Leased
-from .leases import LEASED, logger
+from .leases import LEASED
+from .log import logger
 from .pipe import Pipe
 from .reader import READ, poll_ready
 from .session import NOT_LEASED, Session
@@ -76,6 +77,11 @@ class Multiplexer:
     def waiting(self) -> int:
         """How many callers wait for their statement to be sent."""
         return self._lanes.waiting
+
+    @property
+    def lanes(self) -> int:
+        """How many connections carry one-shot statements now."""
+        return len(self._lanes.lanes)
 
     @property
     def requested(self) -> int:
@@ -146,7 +152,7 @@ class Multiplexer:
     def _enqueue(self, statement: OneShot, now: float) -> None:
         runner = self._runner
         if runner.phase not in (PoolPhase.OPENING, PoolPhase.OPEN):
-            statement.fail(runner.refusal(Refusal.CLOSED, now))
+            statement.fail(runner.refusal(Refuse(Waiter(NEVER), Refusal.CLOSED), now))
             return
         self._lanes.enqueue(statement)
         if self._lanes.wants_lane(len(self._requests)):
@@ -171,7 +177,7 @@ class Multiplexer:
     def _fail(self, statement: OneShot, refusal: Refusal, began: float) -> None:
         self.timeouts += refusal is Refusal.TIMEOUT
         statement.forget()
-        statement.fail(self._runner.refusal(refusal, began))
+        statement.fail(self._runner.refusal(Refuse(Waiter(NEVER, statement.owner), refusal), began))
 
     def withdraw(self, statement: OneShot) -> None:
         """The caller is gone. What was sent is not cancelled: that could hit another's statement."""
@@ -303,6 +309,7 @@ class Multiplexer:
             return
         self._runner.watch.look(now)
         if slot.is_disconnected:
+            self._runner.machine.note_unused()
             self._runner.perform(self._runner.machine.discard(slot, slot.doom, now))
             self._fill_all(now)
         else:
@@ -331,6 +338,7 @@ class Multiplexer:
         connection = session.connection
         if session.touched:  # somebody went on with the object after its release
             self._runner.leases.restore(session, connection)
+        self._runner.machine.note_unused()
         slot.owner = None  # it goes back whatever its users do
         session.site_code = LANE
         session.connection = session.granted_to = None
@@ -347,6 +355,7 @@ class Multiplexer:
         lane.future = session.reader.drive(lane.generator, next(lane.generator))
         lane.future.add_done_callback(partial(self._lost, lane))
         self._lanes.lanes.append(lane)
+        self._runner.observations.note(LaneOpened)
         while (statement := self._lanes.next_for(lane)) is not None:
             self._put(lane, cast(OneShot, statement), now)
         self._flush(lane)
@@ -391,6 +400,7 @@ class Multiplexer:
         if lane.pipe.is_busy or lane.future.done() or lane not in self._lanes.lanes:
             return
         self._lanes.lanes.remove(lane)
+        self._runner.observations.note(LaneClosed, monotonic() - lane.slot.leased_at, False)
         lane.pipe.session.reader.let_go()
         lane.generator.close()
         with contextlib.suppress(e.Error):  # it was lost in this moment
@@ -404,6 +414,7 @@ class Multiplexer:
         if lane not in self._lanes.lanes:
             return
         self._lanes.lanes.remove(lane)
+        self._runner.observations.note(LaneClosed, monotonic() - lane.slot.leased_at, True)
         error = future.exception()
         name = self._runner.config.name
         if isinstance(error, Exception) and not isinstance(error, e.Error):

@@ -117,10 +117,18 @@ def what_was_lost(
     name: str, pipe: Pipe, statement: OneShot, error: e.OperationalError
 ) -> StatementOutcomeUnknown | None:
     """The error for a statement that had a lease of its own and was lost with its connection; None if it is to be sent
-    again. Raises `error` if it is another.
+    again, or has an error of its own. Raises `error` if it is another.
     """
-    if pipe.session.pgconn.status != BAD or not statement.is_sent:
+    if statement.error is not None:  # it could not be sent
+        statement.is_sent = True
+        return None
+    if pipe.session.pgconn.status != BAD:
         raise error
+    if not statement.is_sent:
+        statement.sends += 1
+        if statement.sends >= MAX_SENDS:
+            raise error
+        return None
     if statement.retry and statement.sends < MAX_SENDS:
         statement.is_sent = False
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -17,8 +18,8 @@ from psycopg.waiting import Ready, Wait
 from .._core.lanes import Lane, Statement
 from ..config import shown
 from .connection import Leased
-from .leases import logger
 from .libpq import find_send_sync
+from .log import Log
 from .one_shot_rules import needs_session, remedy
 from .reader import BAD
 from .session import Session
@@ -77,7 +78,9 @@ class Pipe:
         self.lane = lane
         self._pgconn = session.pgconn
         self.row_factory: Any = connection.row_factory
-        self._pool_name: str = cast(Any, connection._pool).name
+        leases = cast(Any, connection._pool)
+        self._pool_name: str = leases.name
+        self._log: Log = leases.log
         self._unheeded = "" if connection.autocommit else _set_for_transactions(connection)
         self._prepared = connection._prepared
         self.transformer = Transformer(connection)
@@ -275,9 +278,9 @@ class Pipe:
             if self._pgconn.notify_handler is not None:
                 try:
                     self._pgconn.notify_handler(notify)
-                except Exception:
+                except Exception as error:
                     # Those whose statements are under way here have nothing to do with it.
-                    logger.exception("%s: a notify handler has failed", self._pool_name)
+                    self._log.write(logging.ERROR, "notify", "a notify handler has failed", exc_info=error)
 
     def _put_again(self, statements: list[OneShot], now: float) -> None:
         for position, statement in enumerate(statements):

@@ -32,7 +32,6 @@ from .._core.effects import (
     Opened,
     OpeningFailed,
     Recycle,
-    Refusal,
     Refuse,
     WakeAt,
 )
@@ -42,12 +41,16 @@ from .._core.queue import GroupWaiter, Waiter
 from .._core.slot import Slot
 from .._core.states import PoolPhase, SlotState
 from ..config import PoolConfig
-from ..errors import PoolClosed, PoolDeadlock, PoolError, PoolTimeout, TooManyWaiting, WrongLoop
-from ..events import CloseReason
+from ..errors import PoolClosed, PoolError, PoolTimeout, WrongLoop
+from ..events import CloseReason, Connected, ConnectError, Connecting, ConnectionClosed, TimedOut
+from ..histogram import Durations
 from .connect_errors import ConnectFailed, words_of
 from .driver import Driver, Unusable
-from .leases import LEASED, Leases, logger
+from .leases import Leases
+from .log import logger
 from .multiplexer import Multiplexer
+from .observation import Observations
+from .refusals import describe_connect_error, describe_sizes, refused
 from .session import SEVERED, Session
 from .site import is_generator
 from .watch import DisconnectWatch
@@ -58,9 +61,7 @@ class FutureWaiter(Waiter):
 
     __slots__ = ("future",)
 
-    def __init__(
-        self, deadline: float, owner: asyncio.Task[Any] | None, future: asyncio.Future[Refusal | None]
-    ) -> None:
+    def __init__(self, deadline: float, owner: asyncio.Task[Any] | None, future: asyncio.Future[Refuse | None]) -> None:
         self.deadline = deadline
         self.owner = owner
         self.slot = None
@@ -85,7 +86,7 @@ class Runner:
 
     _leases_class: type[Leases] = Leases
 
-    def __init__(self, config: PoolConfig, driver: Driver, *, debug: bool) -> None:
+    def __init__(self, config: PoolConfig, driver: Driver, observations: Observations, *, debug: bool) -> None:
         self.config = config
         self.driver = driver
         self.loop = asyncio.get_running_loop()
@@ -95,7 +96,12 @@ class Runner:
         self._pid = os.getpid()
         self.machine = self._make_machine()
         self.watch: DisconnectWatch[Session] = DisconnectWatch(self.loop, self._on_disconnect)
-        self.leases = self._leases_class(config, self.machine, self.watch, self.perform, debug=debug)
+        self.observations = observations
+        self.leases = self._leases_class(config, self.machine, self.watch, self.perform, observations, debug=debug)
+        self.log = self.leases.log
+        self.waits = Durations()
+        self.connects = Durations()
+        self.cancelled = 0  # callers who left the queue by themselves
         self.opening: asyncio.Future[None] = self.loop.create_future()
         self.closing: asyncio.Future[None] = self.loop.create_future()
         self.last_connect_error: Exception | None = None
@@ -110,7 +116,8 @@ class Runner:
         self.multiplexer = Multiplexer(self, config.lanes)
         # `setup` is for each acquire, and a lane is none that anybody has asked for.
         self.shares_lanes = config.lanes > 0 and config.setup is None
-        self.plain = not debug and config.setup is None  # a lease is ready when its connection is there
+        self._debug = debug
+        self.find_plain()
         self._perform: dict[type, Callable[[Any], None]] = {
             Connect: lambda effect: self._start(effect.slot, "connect", self._connect(effect.slot)),
             Check: lambda effect: self._start(effect.slot, "check", self._check(effect.slot)),
@@ -123,6 +130,10 @@ class Runner:
             OpeningFailed: self._on_opening_failed,
             Closed: self._on_closed,
         }
+
+    def find_plain(self) -> None:
+        """Find out anew whether a lease is ready when its connection is there."""
+        self.is_plain = not self._debug and self.config.setup is None and not self.observations
 
     def _make_machine(self) -> PoolMachine:
         return PoolMachine(self.config, random.random, is_bound_to_its_owner)
@@ -170,6 +181,7 @@ class Runner:
         """End the leases that keep the pool from closing."""
         for slot in self.machine.leases():
             assert isinstance(slot.resource, Session)
+            self.leases.note_end(slot.resource, monotonic())
             slot.resource.lease = SEVERED
             slot.resource.touched = True
             slot.resource.sever()
@@ -211,6 +223,7 @@ class Runner:
     def _on_closed(self, _: Closed) -> None:
         self._stop_timers()
         self.watch.close()
+        self.log.close()
         _resolve(self.closing)
 
     def _on_opening_failed(self, _: OpeningFailed) -> None:
@@ -234,28 +247,13 @@ class Runner:
             return
         assert isinstance(waiter, FutureWaiter)
         if not waiter.future.done():
-            waiter.future.set_result(refuse.refusal)
+            waiter.future.set_result(refuse)
 
-    def refusal(self, refusal: Refusal, began: float) -> PoolError:
+    def refusal(self, refuse: Refuse, began: float) -> PoolError:
         """The error for a caller who began to wait then."""
-        name = self.config.name
-        if refusal is Refusal.CLOSED:
-            return PoolClosed(f"{name} is closed")
-        if refusal is Refusal.TOO_MANY_WAITING:
-            return TooManyWaiting(f"{name}: {self.waiting} callers are waiting, as max_waiting allows")
-        if refusal is Refusal.DEADLOCK:
-            return PoolDeadlock(
-                f"{name}: all {self.machine.size} connections are held by blocks that wait for another one, acquired at"
-                f" {self._sites()}: let a task hold one at a time, or pass on the one that it has"
-            )
-        error: PoolError
-        if refusal is Refusal.TIMEOUT:
-            seconds = monotonic() - began
-            within = f"{seconds:.3g}" if seconds >= 0.001 else "0"
-            error = PoolTimeout(f"{name}: no connection within {within} s; {self.describe()}")
-        else:
-            error = PoolError(f"{name}: cannot connect: {self._connect_error_words()}")
-        error.__cause__ = self.last_connect_error
+        error = refused(self, refuse, began)
+        if isinstance(error, PoolTimeout):
+            self.observations.note(TimedOut, error.waited)
         return error
 
     @property
@@ -263,23 +261,9 @@ class Runner:
         """How many callers wait, for a connection or for their statement to be sent."""
         return self.machine.waiting + self.multiplexer.waiting - self.multiplexer.requested
 
-    def _connect_error_words(self) -> str:
-        return words_of(self.last_connect_error) if self.last_connect_error is not None else "no reason is known"
-
-    def _sites(self) -> str:
-        return "; ".join(slot.resource.site for slot in self.machine.leases() if isinstance(slot.resource, Session))
-
     def describe(self) -> str:
         """The sizes, and the last connect error if the pool has not connected since, in words."""
-        count = self.machine.count
-        text = (
-            f"{count(LEASED)} in use, {count(SlotState.IDLE)} idle, {count(SlotState.CONNECTING)} connecting,"
-            f" {self.waiting} waiting, max_size {self.machine.max_size}"
-        )
-        if self.last_connect_error is not None:
-            age = monotonic() - self.last_connect_error_at
-            text += f"; last connect error, {age:.1f} s ago: {self._connect_error_words()}"
-        return text
+        return describe_sizes(self) + describe_connect_error(self)
 
     def _on_wake_at(self, wake: WakeAt) -> None:
         if self._timer is not None:
@@ -298,6 +282,7 @@ class Runner:
     def _on_close(self, close: Close) -> None:
         slot = close.slot
         logger.debug("%s: closing connection %d: %s", self.config.name, slot.number, close.reason.value)
+        self.observations.note(ConnectionClosed, close.reason)
         running = self._tasks.get(slot)
         if scope := self._scopes.get(slot):
             scope.cancel()
@@ -346,12 +331,18 @@ class Runner:
     async def _connect(self, slot: Slot) -> None:
         with anyio.CancelScope() as scope:
             self._scopes[slot] = scope
+            began = monotonic()
+            self.observations.note(Connecting)
             try:
                 session = await self.driver.connect()
             except ConnectFailed as failed:
                 self._note_connect_error(failed)
+                self.observations.note(ConnectError, monotonic() - began, failed.error)
                 self.perform(self.machine.connect_failed(slot, failed.failure, monotonic(), failed.reason))
             else:
+                took = monotonic() - began
+                self.connects.record(took)
+                self.observations.note(Connected, took)
                 self._admit(slot, session)
             finally:
                 self._scopes.pop(slot, None)
@@ -369,7 +360,7 @@ class Runner:
         self.watch.register(session.reader.fd, session)
         self.perform(self.machine.connected(slot, monotonic()))
         if self.last_connect_error is not None:
-            logger.info("%s: connected again", self.config.name)
+            self.log.write(logging.INFO, "again", "connected again")
             self.last_connect_error = None
 
     def _note_connect_error(self, failed: ConnectFailed, level: int = logging.WARNING) -> None:
@@ -421,7 +412,7 @@ class Runner:
         )
         level = logging.WARNING if is_users and not self._told_of_callable else logging.INFO
         self._told_of_callable |= is_users
-        logger.log(level, "%s: a connection is unusable: %s", self.config.name, unusable)
+        self.log.write(level, f"unusable {level}", "a connection is unusable: %s", unusable)
 
     async def _close(self, slot: Slot, running: asyncio.Task[None] | None) -> None:
         """End a session; its place is free when the server has confirmed the end, or `check_timeout` is over."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,10 @@ class Session:
         "has_ended",
         "has_several",
         "held_warned",
+        "holder",
         "in_thread",
         "in_transaction",
+        "is_noted",
         "lease",
         "mark",
         "pgconn",
@@ -131,6 +134,9 @@ class Session:
         self.site_offset = 0
         self.stack: str | None = None
         self.held_warned = False
+        self.is_noted = False  # whether somebody is to be told when the current lease ends
+        # Who took the current lease; a weak reference, as a lease must not keep its task from being collected.
+        self.holder: Callable[[], object] | None = None
         self.round_trip = 0.0  # the least that a lane has seen, in seconds; 0 until then
 
     @property

@@ -218,6 +218,21 @@ async def test_a_lane_on_which_nothing_could_be_sent_may_be_lost_as_any_other(
         await assert_quiet(pool, admin, application_name)
 
 
+@pytest.mark.parametrize("retry", [False, True])
+async def test_the_error_of_a_statement_that_could_not_be_sent_stands_though_its_connection_is_lost_then(
+    proxy: Proxy, proxied_dsn: str, admin: Admin, application_name: str, retry: bool
+) -> None:
+    async with Pool(proxied_dsn, max_size=1, lanes=0, **SECONDS) as pool:
+        proxy.links[0].apply(STALLED, Towards.SERVER)  # the round trip is still to be measured
+        task = await send(pool.fetchval("select %s", [object()], retry=retry))
+        await eventually(lambda: pool.stats().leased == 1)
+        admin.terminate(*admin.pids(application_name))
+        (error,) = await ended([task])
+        assert isinstance(error, psycopg.ProgrammingError)
+        assert await pool.fetchval(SLEEP, [1, 0.0], timeout=20) == 1
+        await assert_quiet(pool, admin, application_name)
+
+
 # --- much at once -------------------------------------------------------------------------------------------
 
 

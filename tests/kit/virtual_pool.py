@@ -158,6 +158,7 @@ class VirtualPool:
         slot = self.held.pop(waiter, None)
         if slot is not None:
             self.histories[slot].free_since = self.now
+        self.leases -= waiter.slot is not None  # nobody has had it
         self._step(self.machine.withdraw(waiter, self.now))
 
     def release(self, waiter: Waiter, answered_at: float | None = None) -> None:

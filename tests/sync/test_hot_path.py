@@ -93,7 +93,7 @@ class HotMachine(LockedMachine):
         if slot.state is SlotState.CONNECTING:
             session: Any = Session.__new__(Session)
             session.slot, session.lease, session.granted_to = slot, NOT_LEASED, None
-            session.touched = session.held_warned = False
+            session.touched = session.held_warned = session.is_noted = False
             session.alive_at, session.reader = 0.0, SimpleNamespace(answered_at=now)
             session.connection = SimpleNamespace(slot=slot)
             slot.resource = session

@@ -98,7 +98,10 @@ def test_many_threads_that_do_nothing_lose_no_place(dsn: str) -> None:
 def test_who_waits_too_long_is_told_how_the_pool_is(dsn: str) -> None:
     with exhausted(dsn) as (pool, _):
         began = time.monotonic()
-        with pytest.raises(PoolTimeout, match=r"no connection within 0\.[12]\d* s; 1 in use, 0 idle.*max_size 1"):
+        with pytest.raises(
+            PoolTimeout,
+            match=r"no connection within 0\.[12]\d* s, number 1 of 1 in the queue; 1 in use, 0 idle.*max_size 1",
+        ):
             pool.getconn(timeout=0.1)
         assert time.monotonic() - began >= 0.1
         with pytest.raises(PoolTimeout), pool.acquire(timeout=0.01):

@@ -1,0 +1,54 @@
+"""Who holds the connections of a pool, for those who wait for one and for those who look from outside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from psycopg.pq import TransactionStatus
+
+from .._core.slot import Slot
+from ..events import Holder
+from .session import Session
+from .site import LANE
+
+_WORDS = {
+    TransactionStatus.IDLE: "idle",
+    TransactionStatus.ACTIVE: "active",
+    TransactionStatus.INTRANS: "in a transaction",
+    TransactionStatus.INERROR: "in a failed transaction",
+    TransactionStatus.UNKNOWN: "lost",
+}
+
+
+def holders_of(slots: Iterable[Slot], now: float) -> list[Holder]:
+    """The leases of these slots. Any thread may ask: those that have just ended are left out."""
+    return [_holder(slot, slot.resource, now) for slot in slots if isinstance(slot.resource, Session)]
+
+
+def holds(slot: Slot, owner: object) -> bool:
+    """Whether this lease is that task's or thread's."""
+    session = slot.resource
+    return isinstance(session, Session) and session.holder is not None and session.holder() is owner
+
+
+def _holder(slot: Slot, session: Session, now: float) -> Holder:
+    status = TransactionStatus(session.pgconn.transaction_status)
+    owner = "" if session.site_code is LANE else _name_of(session)
+    return Holder(session.site, now - slot.leased_at, session.backend_pid, session.stack, owner, _WORDS[status])
+
+
+def _name_of(session: Session) -> str:
+    if session.holder is None:
+        return ""
+    holder = session.holder()
+    if holder is None:
+        return "a task that has ended"
+    if isinstance(holder, asyncio.AbstractEventLoop):
+        return "no task"
+    return f"task {holder.get_name()!r}" if isinstance(holder, asyncio.Task) else str(holder)
+
+
+def describe(holders: list[Holder]) -> str:
+    """In words, as messages have them."""
+    return "; ".join(map(str, holders))
