@@ -18,6 +18,8 @@ from .histogram import Histogram
 from .pool import Pool
 from .sync import SyncPool
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CloseReason",
     "CommitOutcomeUnknown",

@@ -102,8 +102,9 @@ class Holder:
     """What the connection is in: `idle`, `active`, `in a transaction`, `in a failed transaction`, `lost`."""
 
     def __str__(self) -> str:
-        what = f", {self.transaction}" if self.transaction else ""
-        return f"{self.owner or 'somebody'} for {self.held_for:.3g} s{what}, acquired at {self.site}"
+        if not self.owner:  # no lease of anybody's
+            return f"{self.site} for {self.held_for:.3g} s"
+        return f"{self.owner} for {self.held_for:.3g} s, {self.transaction}, acquired at {self.site}"
 
 
 # --- what happens -------------------------------------------------------------------------------------------

@@ -293,6 +293,7 @@ class Pool(Generic[C]):
         Raises as `acquire()` does, what the COMMIT raises, CommitOutcomeUnknown if it was lost, and PoolError if
         the block ends in a failed transaction, which is rolled back.
         """
+        check_bool("track_outcome", track_outcome)
         runner = self._runner
         if runner is None:
             raise self._not_open()

@@ -36,7 +36,7 @@ from ._io.pipe import has_raw_cursors
 from ._io.session import IDLE, NOT_LEASED, SEVERED
 from ._io.statement import OneShot, pace_of
 from ._io.watch import WATCH_STALENESS
-from .config import check_one_shot, check_timeout, is_true, shown
+from .config import check_bool, check_one_shot, check_timeout, is_true, shown
 from .errors import CommitOutcomeUnknown, PoolError, PoolTimeout
 from .events import CloseReason, CommitStatus, Holder, Observer, PoolStats
 from .options import BlockingOptions
@@ -229,6 +229,7 @@ class SyncPool(Generic[C]):
         Raises as `acquire()` does, what the COMMIT raises, CommitOutcomeUnknown if it was lost, and PoolError if
         the block ends in a failed transaction, which is rolled back.
         """
+        check_bool("track_outcome", track_outcome)
         frame = _getframe(1)
         acquisition = self._acquisition(timeout, frame.f_code, frame.f_lasti)
         return _in_transaction(self.name, acquisition, track_outcome=track_outcome)
@@ -289,7 +290,7 @@ class SyncPool(Generic[C]):
                 keyed = self._keyed.setdefault(key, _KeyedLease())
             if not keyed.lock.acquire(timeout=-1 if deadline is None else _until(deadline)):
                 words = f"another thread is still waiting for the connection of key {shown(key)}"
-                raise PoolTimeout(f"{self.name}: {words}")
+                raise PoolTimeout(f"{self.name}: {words}", pool=self.name)
             try:
                 if self._keyed.get(key) is not keyed:
                     continue  # its connection was put back meanwhile

@@ -158,6 +158,11 @@ class Acquisition(Generic[C]):
         def __aexit__(self, exc_type, exc, tb):
             return self._exit(exc_type)
 
+        def __getattr__(self, name):
+            # It has not what a connection has, for which somebody takes it.
+            words = "`await` what acquire() returns, or use `async with`, to get a connection"
+            raise AttributeError(f"{name!r}: {words}", name=name, obj=self)
+
     def _exit(self, exc_type: type[BaseException] | None) -> Awaitable[None]:
         leases = self._runner.leases
         connection: PooledConnection = self._connection

@@ -39,9 +39,7 @@ def _holder(slot: Slot, session: Session, now: float) -> Holder:
 
 
 def _name_of(session: Session) -> str:
-    if session.holder is None:
-        return ""
-    holder = session.holder()
+    holder = session.holder() if session.holder is not None else None
     if holder is None:
         return "a task that has ended"
     if isinstance(holder, asyncio.AbstractEventLoop):

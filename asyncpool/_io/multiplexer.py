@@ -176,8 +176,9 @@ class Multiplexer:
 
     def _fail(self, statement: OneShot, refusal: Refusal, began: float) -> None:
         self.timeouts += refusal is Refusal.TIMEOUT
+        error = self._runner.refusal(Refuse(Waiter(NEVER, statement.owner), refusal), began)
         statement.forget()
-        statement.fail(self._runner.refusal(Refuse(Waiter(NEVER, statement.owner), refusal), began))
+        statement.fail(error)
 
     def withdraw(self, statement: OneShot) -> None:
         """The caller is gone. What was sent is not cancelled: that could hit another's statement."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from operator import attrgetter
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -35,7 +36,8 @@ def refused(runner: Runner, refuse: Refuse, began: float) -> PoolError:
     if refuse.refusal is Refusal.DEADLOCK:
         return PoolDeadlock(
             f"{name}: all {runner.machine.size} connections are held by blocks that wait for another one, acquired at"
-            f" {_sites(runner)}: let a task hold one at a time, or pass on the one that it has"
+            f" {_sites(runner)}: let a task hold one at a time, or pass on the one that it has (one-shot statements"
+            " inside of a block: run them on the block's connection)"
         )
     if refuse.refusal is Refusal.TIMEOUT:
         waited = monotonic() - began
@@ -94,7 +96,8 @@ def _reason(runner: Runner, held: list[Holder], waited: float, refuse: Refuse | 
 
 
 def _sites(runner: Runner) -> str:
-    return "; ".join(slot.resource.site for slot in runner.machine.leases() if isinstance(slot.resource, Session))
+    sites = Counter(slot.resource.site for slot in runner.machine.leases() if isinstance(slot.resource, Session))
+    return "; ".join(f"{site} ({count} times)" if count > 1 else site for site, count in sites.items())
 
 
 def describe_sizes(runner: Runner) -> str:

@@ -1,0 +1,137 @@
+"""The log is no flood: of what repeats itself, one line a minute, with a count."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+from kit.virtual_time import VirtualLoop, run_virtually
+
+from asyncpool import Pool
+from asyncpool._io import log
+from asyncpool._io.log import REPEATED_WITHIN, Log
+
+if TYPE_CHECKING:
+    from kit.servers import Admin
+
+    from .leftovers import Connection
+
+
+def lines(caplog: pytest.LogCaptureFixture, word: str = "") -> list[tuple[int, str]]:
+    return [(each.levelno, each.getMessage()) for each in caplog.records if word in each.getMessage()]
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock, to be moved by hand."""
+    clock = [100.0]
+    monkeypatch.setattr(log, "monotonic", lambda: clock[0])
+    return clock
+
+
+async def tell_later(of: Log, kind: str) -> None:
+    """What the timer does when the minute is over."""
+    await asyncio.sleep(0)  # it is set in a turn of the loop
+    repeated = of._kinds[kind]
+    assert repeated.timer is not None
+    repeated.timer.cancel()
+    of._tell(repeated)
+
+
+async def test_of_many_lines_of_a_kind_the_first_is_told_at_once_and_the_last_with_a_count_after_a_minute(
+    caplog: pytest.LogCaptureFixture, now: list[float]
+) -> None:
+    told = Log("orders", asyncio.get_running_loop())
+    caplog.set_level(logging.DEBUG, "asyncpool")
+    for number in range(5):
+        told.write(logging.WARNING, "kind", "number %d", number)
+    assert lines(caplog) == [(logging.WARNING, "orders: number 0")]
+    now[0] += REPEATED_WITHIN
+    await tell_later(told, "kind")
+    assert lines(caplog)[1:] == [(logging.WARNING, "orders: number 4; the last of 4 like it within a minute")]
+    told.write(logging.WARNING, "kind", "number %d", 5)  # it has just been told
+    assert len(lines(caplog)) == 2
+    now[0] += REPEATED_WITHIN
+    await tell_later(told, "kind")
+    assert lines(caplog)[2:] == [(logging.WARNING, "orders: number 5")]
+    told.close()
+
+
+async def test_after_a_quiet_minute_a_line_is_told_at_once(caplog: pytest.LogCaptureFixture, now: list[float]) -> None:
+    told = Log("orders", asyncio.get_running_loop())
+    told.write(logging.WARNING, "kind", "one")
+    now[0] += REPEATED_WITHIN
+    told.write(logging.WARNING, "kind", "two")
+    assert lines(caplog) == [(logging.WARNING, "orders: one"), (logging.WARNING, "orders: two")]
+    told.close()
+
+
+async def test_kinds_are_counted_apart(caplog: pytest.LogCaptureFixture, now: list[float]) -> None:
+    told = Log("orders", asyncio.get_running_loop())
+    told.write(logging.WARNING, "kind", "one")
+    told.write(logging.WARNING, "another", "other")
+    assert [text for _, text in lines(caplog)] == ["orders: one", "orders: other"]
+    told.close()
+
+
+async def test_what_was_only_counted_is_told_when_the_pool_is_closed(
+    caplog: pytest.LogCaptureFixture, now: list[float]
+) -> None:
+    told = Log("orders", asyncio.get_running_loop())
+    for number in range(3):
+        told.write(logging.WARNING, "kind", "number %d", number)
+    await asyncio.sleep(0)
+    (timer,) = [each.timer for each in told._kinds.values()]
+    told.close()
+    assert [text for _, text in lines(caplog)] == [
+        "orders: number 0",
+        "orders: number 2; the last of 2 like it within a minute",
+    ]
+    assert timer is not None
+    assert timer.cancelled()
+
+
+def test_the_timer_tells_what_was_counted_when_the_minute_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    async def write(loop: VirtualLoop) -> None:
+        told = Log("orders", loop)
+        for number in range(3):
+            told.write(logging.WARNING, "kind", "number %d", number)
+        await asyncio.sleep(REPEATED_WITHIN - 1)
+        assert len(lines(caplog)) == 1
+        await asyncio.sleep(2)
+        assert len(lines(caplog)) == 2
+        told.close()
+
+    run_virtually(write)
+
+
+async def test_connections_that_are_found_dead_together_are_one_line_and_a_count(
+    dsn: str, admin: Admin, application_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "asyncpool")
+
+    async def refuse(conn: object) -> None:
+        raise ValueError("not good enough")
+
+    async with Pool(dsn, min_size=5, max_size=5, check=refuse) as pool:
+        await pool.check()
+    told = lines(caplog, "unusable")
+    assert len(told) <= 3, told  # the first, at most the others with a count, for each of two levels
+    assert any("like it within a minute" in text for _, text in told)
+
+
+async def drop_one(pool: Pool[Connection]) -> None:
+    await pool.acquire()
+    async with pool.acquire(timeout=20):
+        pass
+
+
+async def test_a_lost_lease_is_told_by_the_log_as_well(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with Pool(dsn, max_size=1) as pool:
+        with pytest.warns(ResourceWarning, match="dropped without release"):
+            await drop_one(pool)
+    ((level, text),) = lines(caplog, "dropped without release")
+    assert level == logging.WARNING
+    assert f"acquired at {__file__}" in text
