@@ -28,6 +28,10 @@ class Histogram:
     max: float
     """The longest; 0 if there are none."""
 
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name):.3g}" for name in ("p50", "p90", "p99", "max"))
+        return f"<Histogram of {self.count} durations: {', '.join(shown)}>"
+
     @property
     def count(self) -> int:
         """How many durations there are."""

@@ -76,6 +76,11 @@ def test_those_that_were_not_recorded_count_among_the_shortest() -> None:
     assert counted.snapshot(total=0).count == 1  # one that was just recorded, and not yet counted elsewhere
 
 
+def test_its_repr_is_short() -> None:
+    assert repr(of(0.5, 0.5)).startswith("<Histogram of 2 durations: p50=0.")
+    assert len(repr(of(*range(1000)))) < 100
+
+
 def test_a_histogram_is_a_value() -> None:
     assert of(0.5) == of(0.5) != of(0.7)
     assert pickle.loads(pickle.dumps(of(0.5))) == of(0.5)
