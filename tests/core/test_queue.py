@@ -8,9 +8,9 @@ import pytest
 from kit.invariants import CHECKING, CONNECTING, IDLE, LEASED, RECYCLING
 from kit.virtual_pool import VirtualPool, opened_pool, virtual_pool
 
-from asyncpool._core.effects import NO_EFFECTS, Connect, Refusal, WakeAt
+from asyncpool._core.effects import NO_EFFECTS, Connect, Refusal, Refuse, WakeAt
 from asyncpool._core.machine import IllegalMove
-from asyncpool._core.queue import Waiter
+from asyncpool._core.queue import COUNTED, Waiter
 from asyncpool.events import CloseReason
 
 
@@ -333,3 +333,77 @@ def test_a_connection_cannot_be_given_back_twice(waiting: int) -> None:
     with pytest.raises(IllegalMove, match="discard of <Slot 1 RECYCLING>"):
         pool.machine.discard(slot, CloseReason.LEASE_LOST, pool.now)
     assert slot.state is RECYCLING
+
+
+# --- the place in the queue, and what counts as a lease -----------------------------------------------------
+
+
+def places(effects: object) -> list[tuple[Waiter, int]]:
+    assert isinstance(effects, list)
+    return [(effect.waiter, effect.position) for effect in effects if isinstance(effect, Refuse)]
+
+
+def test_those_whose_time_is_over_together_have_the_places_in_which_they_stood() -> None:
+    pool, _ = busy_pool()
+    waiters = [pool.acquire(5) for _ in range(3)]
+    pool.acquire(9)
+    pool.advance(5)
+    assert places(pool.effects) == [(waiter, place) for place, waiter in enumerate(waiters, 1)]
+
+
+def test_who_has_less_time_than_those_ahead_of_him_has_his_place_behind_them() -> None:
+    pool, _ = busy_pool()
+    for _ in range(2):
+        pool.acquire(30)
+    hasty = pool.acquire(1)
+    pool.acquire(30)
+    hastier = pool.acquire(0.5)
+    pool.advance(0.5)
+    assert places(pool.effects) == [(hastier, 5)]
+    pool.advance(0.5)
+    assert places(pool.effects) == [(hasty, 3)]
+
+
+def test_places_behind_those_whose_time_is_over_too_count_them() -> None:
+    pool, _ = busy_pool()
+    first = pool.acquire(2)
+    pool.acquire(30)
+    hasty = pool.acquire(2)
+    pool.advance(2)
+    assert places(pool.effects) == [(first, 1), (hasty, 3)]
+
+
+@pytest.mark.parametrize(("ahead", "place"), [(COUNTED - 1, COUNTED), (COUNTED, 0)])
+def test_a_place_far_back_is_not_counted(ahead: int, place: int) -> None:
+    """Many who are refused at once are each looked for."""
+    machine = busy_pool()[0].machine
+    for _ in range(ahead):
+        machine.enqueue(Waiter(1000.0), 0.0)
+    hasty = Waiter(1.0)
+    machine.enqueue(hasty, 0.0)
+    assert places(machine.wake(1.0)) == [(hasty, place)]
+
+
+@pytest.mark.parametrize("refusal", [Refusal.CLOSED, Refusal.TOO_MANY_WAITING])
+def test_who_stands_nowhere_has_no_place(refusal: Refusal) -> None:
+    pool, _ = busy_pool(max_waiting=0)
+    if refusal is Refusal.CLOSED:
+        pool.machine.close(0.0)
+    waiter = Waiter(1.0)
+    assert places(list(pool.machine.enqueue(waiter, 0.0))) == [(waiter, 0)]
+
+
+def test_a_grant_that_nobody_has_had_is_no_lease() -> None:
+    pool, [holder] = busy_pool()
+    waiter = pool.acquire()
+    pool.release(holder)
+    assert pool.machine.acquires == 2
+    pool.cancel(waiter)
+    assert pool.machine.acquires == 1
+
+
+def test_a_lease_that_was_none_is_not_counted() -> None:
+    machine = busy_pool(2)[0].machine
+    assert machine.acquires == 2
+    machine.note_unused()
+    assert machine.acquires == 1
