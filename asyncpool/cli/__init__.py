@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from asyncpool.cli import demo
+from asyncpool.cli import demo, doctor
 from asyncpool.cli.extras import MissingExtra
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="asyncpool", description="A PostgreSQL connection pool for asyncio.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo.add_command(commands)
+    doctor.add_command(commands)
     parsed = parser.parse_args(arguments)
     try:
         status: int = parsed.run(parsed, parser)

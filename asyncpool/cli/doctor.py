@@ -1,0 +1,226 @@
+"""`asyncpool doctor`: is a server fit for a pool, and which options does the pool need there?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from asyncpool._io.connect_errors import ConnectFailed
+from asyncpool.cli.asking import NoAnswer, words_of
+from asyncpool.cli.examination import Examination
+from asyncpool.cli.extras import console
+from asyncpool.cli.findings import Level, diagnose
+from asyncpool.cli.refusals import refusal_of
+from asyncpool.cli.signals import interruptible, run_interruptibly
+from asyncpool.conninfo import Redactor
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from asyncpool.cli.facts import Facts
+    from asyncpool.cli.findings import Diagnosis
+    from asyncpool.cli.refusals import Refusal
+
+TIMEOUT = 5.0
+
+DESCRIPTION = """\
+Look at a PostgreSQL server as a pool would find it: how far it is, how many connections are free, whether a
+pooler such as PgBouncer stands in between and in which mode, TLS, prepared statements, its role, and the
+settings that bite pools. Every finding that is not ok names its remedy. In the end it says which options to give
+the pool. It only reads, on three connections at most, which it closes.
+"""
+
+EPILOG = """\
+exit status:
+  0    nothing worse than a note
+  1    there is a warning or a problem
+  2    it could not be examined: no connection, or no answer
+
+--json prints one object, whose keys stay:
+  ok            whether the exit status is 0
+  verdict       a sentence
+  findings      a list of {level, topic, text, fix}; level is ok, note, warning or problem
+  recommended   {options, line}: for Pool(...), as an object and as Python, where `conninfo` is the URL
+  facts         what the findings rest upon; what could not be asked is null
+or, with exit status 2:
+  ok            false
+  error         {kind, message, fix}
+"""
+
+WARNED = 1
+COULD_NOT_RUN = 2
+
+STYLES = {Level.OK: "green", Level.NOTE: "cyan", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
+MARGIN = max(map(len, Level)) + 2
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `doctor` and its options."""
+    parser = commands.add_parser(
+        "doctor",
+        help="is a server fit for a pool, and which options does the pool need?",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "url",
+        metavar="URL",
+        nargs="?",
+        default=os.environ.get("DATABASE_URL") or None,
+        help="the server, as a URL or key=value pairs (default: DATABASE_URL)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help=f"for each address to connect to, and for each question (default: {TIMEOUT:g})",
+    )
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    # Its own usage is what a wrong option gets, not that of all commands.
+    parser.set_defaults(run=lambda options, _: run(options, parser))
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 3600 seconds")
+    return seconds
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Examine the server, and say what was found. Returns the exit status."""
+    if options.url is None:
+        parser.error("which server? Give its URL, or set DATABASE_URL")
+    screen = None if options.json else console()  # raises before the server is bothered
+    with interruptible() as interruption:
+        try:
+            # Made in the loop: it reads the connection string, whose errors are told like those of a connect.
+            facts = run_interruptibly(lambda: _examine(options.url, options.timeout))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return interruption.exit_status
+        except (ConnectFailed, NoAnswer, psycopg.Error) as failed:
+            return _say_why_not(failed, options)
+    diagnosis = diagnose(facts)
+    if screen is None:
+        _print_json(as_json(facts, diagnosis))
+    else:
+        show(facts, diagnosis, screen)
+    return 0 if diagnosis.is_fit else WARNED
+
+
+async def _examine(url: str, timeout: float) -> Facts:
+    return await Examination(url, timeout).run()
+
+
+# --- it could not be examined --------------------------------------------------------------------------------
+
+
+def _say_why_not(failed: Exception, options: argparse.Namespace) -> int:
+    error = failed.error if isinstance(failed, ConnectFailed) else failed
+    # All of it, where there are several hosts; each was redacted already, and once more does no harm.
+    message = Redactor(options.url, {}).redact(str(error).strip() or words_of(error))
+    refusal = refusal_of(error, message)
+    if options.json:
+        error_as_json = {"kind": refusal.kind, "message": message, "fix": refusal.fix}
+        _print_json({"ok": False, "error": error_as_json})
+    else:
+        _show_refusal(message, refusal)
+    return COULD_NOT_RUN
+
+
+def _show_refusal(message: str, refusal: Refusal) -> None:
+    screen = console(stderr=True)
+    _print(screen, f"asyncpool doctor: {message}")
+    _print(screen, f"fix: {refusal.fix}")
+
+
+def _print_json(outcome: dict[str, Any]) -> None:
+    try:
+        print(json.dumps(outcome, indent=2), flush=True)
+    except BrokenPipeError:  # whoever read it has seen enough; the interpreter's own flush at exit must not fail as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# --- what was found ------------------------------------------------------------------------------------------
+
+
+def show(facts: Facts, diagnosis: Diagnosis, screen: Console) -> None:
+    """Print it: wrapped in a terminal, a line for each finding and for each remedy in a pipe."""
+    from rich.text import Text
+
+    _print(screen, facts.place)
+    _print(screen, "")
+    for finding in diagnosis.findings:
+        _print_finding(screen, Text(finding.level, STYLES[finding.level]), f"{finding.topic}: {finding.text}")
+        if finding.fix is not None:
+            _print_finding(screen, Text(""), f"fix: {finding.fix}")
+    _print(screen, "")
+    _print(screen, diagnosis.verdict)
+    _print(screen, "")
+    # In one piece, whatever the width, so that it can be copied.
+    screen.print(Text(diagnosis.line), soft_wrap=True)
+
+
+def _print_finding(screen: Console, label: Any, text: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not screen.is_terminal:
+        screen.print(Text(f"{label.plain:<{MARGIN}}{text}"), soft_wrap=True)
+        return
+    grid = Table.grid(padding=0)
+    grid.add_column(width=MARGIN)
+    grid.add_column(overflow="fold")
+    grid.add_row(label, Text(text))
+    screen.print(grid)
+
+
+def _print(screen: Console, text: str) -> None:
+    from rich.text import Text
+
+    screen.print(Text(text), soft_wrap=not screen.is_terminal)
+
+
+def as_json(facts: Facts, diagnosis: Diagnosis) -> dict[str, Any]:
+    """Everything, for programs."""
+    return {
+        "ok": diagnosis.is_fit,
+        "verdict": diagnosis.verdict,
+        "findings": [asdict(finding) for finding in diagnosis.findings],
+        "recommended": {"options": diagnosis.options, "line": diagnosis.line},
+        "facts": _facts_as_json(facts),
+    }
+
+
+def _facts_as_json(facts: Facts) -> dict[str, Any]:
+    pooler, capacity = facts.pooler, facts.capacity
+    return {
+        "place": facts.place,
+        "user": facts.user,
+        "product": facts.product,
+        "server_version": facts.server_version,
+        "round_trip_ms": round(facts.round_trip_ms, 3),
+        "connections": None if capacity is None else {**asdict(capacity), "free": capacity.free},
+        "pooler": None
+        if pooler is None
+        else {
+            "product": pooler.product,
+            "version": pooler.version,
+            "mode": pooler.mode.value if pooler.mode is not None else None,
+        },
+        "passed_on": facts.passed_on,
+        "prepared_statements": facts.prepared.value,
+        "tls": asdict(facts.tls),
+        "is_standby": facts.is_standby,
+        "settings": dict(facts.settings),
+        "unanswered": dict(facts.unanswered),
+    }
