@@ -12,7 +12,7 @@ from .libpq import _loaded_libpq
 
 
 def tls_attribute(pgconn: PGconn, name: str) -> str | None:
-    """`protocol`, `cipher`, `library`, … of the connection's TLS. None without TLS, or where libpq cannot be reached."""
+    """`protocol` or `cipher` of the connection's TLS. None without TLS, or where libpq cannot be reached."""
     ask = _find_ssl_attribute()
     address: int | None = getattr(pgconn, "pgconn_ptr", None)  # public, but not in psycopg's protocol class
     if ask is None or not address:

@@ -13,15 +13,16 @@ import psycopg
 
 from asyncpool._io.connect_errors import ConnectFailed
 from asyncpool.cli.asking import NoAnswer, words_of
-from asyncpool.cli.examination import Examination
+from asyncpool.cli.examination import Examination, asked
 from asyncpool.cli.extras import console
 from asyncpool.cli.findings import Level, diagnose
 from asyncpool.cli.refusals import refusal_of
 from asyncpool.cli.signals import interruptible, run_interruptibly
-from asyncpool.conninfo import Redactor
+from asyncpool.conninfo import Redactor, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from asyncpool.cli.facts import Facts
     from asyncpool.cli.findings import Diagnosis
@@ -128,13 +129,20 @@ def _say_why_not(failed: Exception, options: argparse.Namespace) -> int:
     error = failed.error if isinstance(failed, ConnectFailed) else failed
     # All of it, where there are several hosts; each was redacted already, and once more does no harm.
     message = Redactor(options.url, {}).redact(str(error).strip() or words_of(error))
-    refusal = refusal_of(error, message)
+    refusal = refusal_of(error, message, _sslmode(options.url))
     if options.json:
         error_as_json = {"kind": refusal.kind, "message": message, "fix": refusal.fix}
         _print_json({"ok": False, "error": error_as_json})
     else:
         _show_refusal(message, refusal)
     return COULD_NOT_RUN
+
+
+def _sslmode(url: str) -> str:
+    try:
+        return asked(parse(url, {}), "sslmode", "prefer")
+    except psycopg.Error:  # then that is the failure
+        return "prefer"
 
 
 def _show_refusal(message: str, refusal: Refusal) -> None:
@@ -146,7 +154,9 @@ def _show_refusal(message: str, refusal: Refusal) -> None:
 def _print_json(outcome: dict[str, Any]) -> None:
     try:
         print(json.dumps(outcome, indent=2), flush=True)
-    except BrokenPipeError:  # whoever read it has seen enough; the interpreter's own flush at exit must not fail as well
+    except (
+        BrokenPipeError
+    ):  # whoever read it has seen enough; the interpreter's own flush at exit must not fail as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -160,9 +170,10 @@ def show(facts: Facts, diagnosis: Diagnosis, screen: Console) -> None:
     _print(screen, facts.place)
     _print(screen, "")
     for finding in diagnosis.findings:
-        _print_finding(screen, Text(finding.level, STYLES[finding.level]), f"{finding.topic}: {finding.text}")
+        text = Text.assemble((f"{finding.topic}:", "bold"), f" {finding.text}")
+        _print_finding(screen, Text(finding.level, STYLES[finding.level]), text)
         if finding.fix is not None:
-            _print_finding(screen, Text(""), f"fix: {finding.fix}")
+            _print_finding(screen, Text(""), Text(f"fix: {finding.fix}"))
     _print(screen, "")
     _print(screen, diagnosis.verdict)
     _print(screen, "")
@@ -170,17 +181,16 @@ def show(facts: Facts, diagnosis: Diagnosis, screen: Console) -> None:
     screen.print(Text(diagnosis.line), soft_wrap=True)
 
 
-def _print_finding(screen: Console, label: Any, text: str) -> None:
+def _print_finding(screen: Console, label: Text, text: Text) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     if not screen.is_terminal:
-        screen.print(Text(f"{label.plain:<{MARGIN}}{text}"), soft_wrap=True)
+        screen.print(f"{label.plain:<{MARGIN}}{text.plain}", soft_wrap=True, markup=False)
         return
     grid = Table.grid(padding=0)
     grid.add_column(width=MARGIN)
     grid.add_column(overflow="fold")
-    grid.add_row(label, Text(text))
+    grid.add_row(label, text)
     screen.print(grid)
 
 

@@ -1,6 +1,6 @@
-"""What `asyncpool doctor` asks of a server, on three connections at most, one after the other; all else is read from that.
+"""What `asyncpool doctor` asks of a server, on three connections at most; all that it says is read from the answers.
 
-Everything that is asked only reads. What may be refused, as by a server that is no PostgreSQL, is left out of the facts.
+Everything that is asked only reads. What is refused, as by a server that is no PostgreSQL, is left out of the facts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import os
 import re
 import statistics
 import time
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeVar
@@ -24,7 +23,7 @@ from asyncpool.cli.facts import Capacity, Facts, Pooler, Prepared, Tls
 from asyncpool.conninfo import Redactor, describe, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Mapping
 
     from psycopg.pq.abc import PGconn
 
@@ -42,14 +41,11 @@ SETTINGS = (
     "transaction_timeout",
 )
 
-_SETTINGS = (
-    "select name, setting from pg_catalog.pg_settings where name in ("
-    + ", ".join(f"'{name}'" for name in SETTINGS)
-    + ") order by name"
-)
+_NAMES = ", ".join(f"'{name}'" for name in SETTINGS)
+_SETTINGS = f"select name, setting from pg_catalog.pg_settings where name in ({_NAMES}) order by name"  # noqa: S608
 
-# Others' rows are there for every role; of what kind their sessions are is not. Of these, one with a database and a user
-# is a client's, or a parallel worker's.
+# Others' rows are there for every role; of what kind their sessions are is not. Of these, one with a database and a
+# user is a client's, or a parallel worker's.
 _CAPACITY = """
     with me as (
         select r.oid, r.rolsuper, r.rolconnlimit from pg_catalog.pg_roles r where r.rolname = session_user
@@ -107,7 +103,7 @@ class Examination:
             [[words, version, user, port]] = await client.ask(_WHO, "ask for the version")
             round_trip_ms = await self._measure(client)
             capacity = await self._or_none("capacity", self._ask_capacity(client))
-            settings = dict(await self._or_none("settings", client.ask(_SETTINGS, "ask for settings")) or [])
+            settings = await self._or_none("settings", client.ask(_SETTINGS, "ask for settings")) or []
             standby = await self._or_none(
                 "role", client.ask("select pg_catalog.pg_is_in_recovery()", "ask whether it is a standby")
             )
@@ -128,7 +124,7 @@ class Examination:
                 prepared=pooling_found.prepared,
                 tls=self._tls_of(client.pgconn),
                 is_standby=standby[0][0] == "t" if standby else None,
-                settings={str(name): str(value) for name, value in settings.items()},
+                settings={str(name): str(value) for name, value in settings},
                 unanswered=dict(self._unanswered),
             )
 
@@ -202,8 +198,12 @@ class Examination:
         )
 
     def _asked(self, name: str, default: str) -> str:
-        """A connection parameter as it was given, or as libpq's environment has it."""
-        return str(self._given.get(name) or os.environ.get(f"PG{name.upper().replace('_', '')}") or default)
+        return asked(self._given, name, default)
+
+
+def asked(given: Mapping[str, object], name: str, default: str) -> str:
+    """A connection parameter as it was given, or as libpq's environment has it."""
+    return str(given.get(name) or os.environ.get(f"PG{name.upper().replace('_', '')}") or default)
 
 
 def _address_of(pgconn: PGconn) -> dict[str, str]:
@@ -233,8 +233,8 @@ def _brief_version(version: str) -> str:
 
 
 def _product(words: str) -> str:
-    """What calls itself so in `version()`: products that are derived from PostgreSQL name themselves somewhere in it."""
+    """What `version()` calls it: products that are derived from PostgreSQL name themselves somewhere in it."""
     derived = re.search(r"CockroachDB|Redshift|Greenplum|Yugabyte|-YB-|CrateDB|Materialize|EnterpriseDB", words)
     if derived is not None:
         return "YugabyteDB" if derived[0] in ("-YB-", "Yugabyte") else derived[0]
-    return words.split(" ")[0].rstrip(",")
+    return words.split(" ", maxsplit=1)[0].rstrip(",")

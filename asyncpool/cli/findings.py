@@ -1,8 +1,9 @@
-"""What the facts mean for a pool: findings with a remedy each, and the options to give it. Pure: nothing is asked here."""
+"""What the facts mean for a pool: findings with a remedy each, and the options to give it. Pure: it asks nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 Options = dict[str, int | float | bool | None]
 
-_DEFAULTS = {option.name: option.default for option in fields(PoolConfig)}
-MAX_SIZE = int(_DEFAULTS["max_size"])
-MAX_IDLE = float(_DEFAULTS["max_idle"])
-CHECK_INTERVAL = float(_DEFAULTS["check_interval"])
+_DEFAULTS = PoolConfig(name="defaults")
+MAX_SIZE = _DEFAULTS.max_size
+MAX_IDLE = _DEFAULTS.max_idle or math.inf
+CHECK_INTERVAL = _DEFAULTS.check_interval or math.inf
 
 # Beyond this share of it a pool of the default size is no longer small beside what is free: others want some too.
 SHARE_OF_FREE = 0.5
@@ -125,7 +126,7 @@ def _server(facts: Facts) -> Finding:
         return Finding(
             Level.WARNING,
             "server",
-            f"{facts.product}, which reports itself as version {facts.server_version}: the pool is tested on PostgreSQL",
+            f"{facts.product}, which reports itself as {facts.server_version}: the pool is tested on PostgreSQL",
             "run your own tests against it; what could not be asked is left out here",
         )
     return Finding(Level.OK, "server", f"PostgreSQL {facts.server_version}")
@@ -168,7 +169,7 @@ def _connections(facts: Facts) -> Iterator[Finding]:
             Level.NOTE,
             "superuser",
             "you connect as one: a pool may take the last places, which are reserved for an administrator in need",
-            f"create role app login; connect the application as that, and leave {_quoted(facts.user)} to administrators",
+            "connect as a role of the application's own: create role app login password '...'",
         )
 
 
@@ -222,7 +223,7 @@ def _pooler(facts: Facts) -> Finding:
 def _pooler_in_mode(facts: Facts, pooler: Pooler) -> Finding:
     name = " ".join(filter(None, (pooler.product or "one of unknown make", pooler.version)))
     size = pooler.settings.get("default_pool_size")
-    of_size = f"default_pool_size, {size}," if size else "pool size"
+    of_size = f"default_pool_size ({size})" if size else "pool size"
     if pooler.mode is PoolMode.STATEMENT:
         return Finding(
             Level.PROBLEM,
@@ -234,24 +235,24 @@ def _pooler_in_mode(facts: Facts, pooler: Pooler) -> Finding:
         return Finding(
             Level.NOTE,
             "pooler",
-            f"{name}, in transaction mode: SET, LISTEN, session advisory locks and temporary tables outlast no transaction"
-            " with you, but reach others",
+            f"{name}, in transaction mode: SET, LISTEN, session advisory locks and temporary tables do not stay with"
+            " you beyond a transaction, but may reach others",
             "use SET LOCAL and pg_advisory_xact_lock(), connect directly for LISTEN, and leave reset= at 'rollback';"
-            f" more than its {of_size} do not run at the same time",
+            f" more than its {of_size} at a time wait there",
         )
     if pooler.mode is PoolMode.SESSION:
         return Finding(
             Level.NOTE,
             "pooler",
-            f"{name}, in session mode: each of the pool's connections takes one of the server's for as long as it is open",
-            f"keep the sum of all pools' max_size below its {of_size} or set pool_mode = transaction",
+            f"{name}, in session mode: each of the pool's connections takes one of the server's while it is open",
+            f"keep the sum of all pools' max_size within its {of_size}, or set pool_mode = transaction",
         )
     words = facts.unanswered.get("pooler", "no answer")
     return Finding(
         Level.WARNING,
         "pooler",
         f"{name}; its mode is not known, as a second connection came to nothing: {words}",
-        f"raise its {of_size} or connect to the server directly",
+        f"raise its {of_size}, or connect to the server directly",
     )
 
 
@@ -297,7 +298,7 @@ def _role(facts: Facts) -> Iterator[Finding]:
             Level.WARNING,
             "role",
             "a standby: it refuses every write",
-            "name all hosts and target_session_attrs=read-write, which follows a failover; or =standby, if you only read",
+            "name all hosts and target_session_attrs=read-write, which follows a failover; =standby, if you only read",
         )
         return
     if facts.is_standby is not None:
@@ -336,7 +337,7 @@ def _idle_sessions(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             Level.NOTE,
             topic,
-            f"{_seconds(limit)}, less than max_idle ({MAX_IDLE:g} s): only the pool's pings keep idle connections alive",
+            f"{_seconds(limit)}, less than max_idle ({MAX_IDLE:g} s): only the pool's pings keep connections alive",
             "give max_idle, as below, and leave check_interval on",
         )
     elif limit == 0:
@@ -411,8 +412,8 @@ def _silence(facts: Facts) -> Iterator[Finding]:
     yield Finding(
         Level.NOTE,
         "firewalls",
-        f"what is between may forget silent connections, and cannot be asked when; {server}, idle connections are pinged"
-        f" every {CHECK_INTERVAL:g} s, and a long statement is silent",
+        f"what is in between may forget silent connections, and cannot be asked when; {server}, idle connections are"
+        f" pinged every {CHECK_INTERVAL:g} s, and a long statement is silent",
         "give keepalives_idle, as below; if connections are cut at an age as well, max_lifetime= below that age",
     )
 

@@ -4,8 +4,8 @@ A pooler does not say that it is there. What gives it away:
 
 - The process id in its login is of its own making, as it is the key by which it is asked to cancel: it is not what
   `pg_backend_pid()` says.
-- Two clients that take turns meet the same server process, or one client another one each time: the server connection is
-  not theirs, but that of a transaction. With a pooler in session mode each keeps its own.
+- Two clients that take turns meet the same server process, or one client another one each time: the server connection
+  is not theirs, but that of a transaction. With a pooler in session mode each keeps its own.
 - BEGIN, which a pooler in statement mode refuses.
 - A prepared statement is found where it was prepared only; or it is there under another name, given by a pooler that
   keeps track of them.
@@ -36,7 +36,7 @@ TURNS = 8
 
 # How long, in seconds, a statement may wait for a server connection while the other client has one in a transaction.
 # With a pooler that has no second one it would wait until then.
-HELD = 1.0
+HELD = 0.5
 
 # What poolers call the statements that they prepare in the client's stead, and their words.
 _PREFIXES = {"PGBOUNCER_": "PgBouncer", "PGCAT_": "PgCat", "odyssey": "Odyssey", "supavisor": "Supavisor"}
@@ -152,7 +152,7 @@ async def _execute_elsewhere(first: Client, second: Client, name: str, prepared_
 
 async def _remove(client: Client, name: str) -> None:
     """Where this client is now: the server connection lives on, and others get it."""
-    listed = f"select 1 from pg_catalog.pg_prepared_statements where name = '{name}'"
+    listed = f"select 1 from pg_catalog.pg_prepared_statements where name = '{name}'"  # noqa: S608
     if await client.ask(listed, "list what is prepared"):
         await client.ask(f"deallocate {name}", "remove what was prepared")
 

@@ -26,36 +26,40 @@ _STATES = {
         "password",
         "check user and password; in a URL these characters of them must be percent-encoded: % @ : / ? # & =",
     ),
-    "3D000": Refusal("no such database", "check the name of the database at the end of the URL, or: create database NAME"),
+    "3D000": Refusal(
+        "no such database", "check the name of the database at the end of the URL, or: create database NAME"
+    ),
     "53300": Refusal(
         "too many clients",
-        "end sessions that nobody needs (select pid, usename, application_name, state from pg_stat_activity), lower"
-        " max_size of the pools, raise max_connections or the CONNECTION LIMIT of the role or database, or use a pooler",
+        "end sessions that nobody needs (select pid, usename, application_name, state from pg_stat_activity), lower the"
+        " pools' max_size, raise max_connections or the CONNECTION LIMIT of the role or database, or use a pooler",
     ),
     "57P03": Refusal("starting", "the server starts, stops or recovers: wait, and look into its log if that lasts"),
     "42501": Refusal("no permission", "grant connect on database NAME to ROLE"),
     "55000": Refusal("not accepting", "alter database NAME allow_connections true; or connect to another database"),
 }
 
+_TLS_REQUIRED = Refusal(
+    "TLS required",
+    "connect with sslmode=require, or verify-full; if that is refused as well, add a line for this database, user and"
+    " address to the server's pg_hba.conf",
+)
+
 # Of class 28 and where there is no SQLSTATE: libpq's words, the server's, poolers'. The first that matches counts.
 _WORDS: tuple[tuple[str, Refusal], ...] = (
     (
-        r"no pg_hba\.conf entry.*SSL encryption|no pg_hba\.conf entry(?!.*no encryption)",
+        r"no pg_hba\.conf entry",
         Refusal(
             "no pg_hba.conf entry",
             "add a line for this database, user and address to the server's pg_hba.conf, such as `host DATABASE USER"
             " ADDRESS/32 scram-sha-256`, and: select pg_reload_conf()",
         ),
     ),
+    (r"SSL (?:connection )?is required|SSL required|requires SSL", _TLS_REQUIRED),
     (
-        r"no pg_hba\.conf entry.*no encryption|SSL (?:connection )?is required|SSL required|requires SSL",
-        Refusal(
-            "TLS required",
-            "connect with sslmode=require, or verify-full; if that was not what kept you out, add a line for this"
-            " database, user and address to the server's pg_hba.conf",
-        ),
+        r"pg_hba\.conf rejects",
+        Refusal("rejected by pg_hba.conf", "a `reject` line of the server's pg_hba.conf is meant"),
     ),
-    (r"pg_hba\.conf rejects", Refusal("rejected by pg_hba.conf", "a `reject` line of the server's pg_hba.conf is meant")),
     (
         r'role ".*" does not exist|no such user',
         Refusal("no such role", "check the user in the URL, or: create role NAME login password '...'"),
@@ -128,24 +132,28 @@ _SYSTEM = {
     ),
     errno.ENOENT: Refusal(
         "no socket",
-        "there is no such Unix socket: check that the server runs, and its unix_socket_directories; for TCP give a host",
+        "no such Unix socket: check that the server runs, and its unix_socket_directories; by TCP, give a host",
     ),
     errno.EHOSTUNREACH: Refusal("unreachable", "there is no way to this host: check the address, the network, the VPN"),
     errno.ENETUNREACH: Refusal("unreachable", "there is no way to this host: check the address, the network, the VPN"),
     errno.EACCES: Refusal("socket permission", "this system user may not use the server's Unix socket: connect by TCP"),
 }
-_CONNINFO = Refusal("connection string", "give a URL, postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or key=value pairs")
+_CONNINFO = Refusal(
+    "connection string", "give a URL, postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or key=value pairs"
+)
 _OTHER = Refusal("other", "the server's log says more")
 
 
-def refusal_of(error: Exception, words: str) -> Refusal:
-    """What it was. `words` are the error's, as they are shown."""
+def refusal_of(error: Exception, words: str, sslmode: str = "prefer") -> Refusal:
+    """What it was. `words` are the error's, as they are shown; `sslmode` is what was asked for."""
     if isinstance(error, NoAnswer):
         return _NO_ANSWER
     if isinstance(error, ProgrammingError) and error.sqlstate is None:
         return _CONNINFO
     if isinstance(error, e.ConnectionTimeout):
         return _TIMEOUT if "not resolved" not in words else _by_words(words)
+    if "no encryption" in words and "SSL encryption" not in words and sslmode in ("disable", "allow"):
+        return _TLS_REQUIRED  # with TLS nobody has tried
     sqlstate = error.sqlstate if isinstance(error, Error) else None
     return _STATES.get(sqlstate or "") or _by_words(words)
 

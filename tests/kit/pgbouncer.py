@@ -129,7 +129,12 @@ class PgBouncer:
             "server_login_retry": 1,
             **self._settings,
         }
-        lines = ["[databases]", f"* = {server}", "[pgbouncer]", *(f"{name} = {value}" for name, value in settings.items())]
+        lines = [
+            "[databases]",
+            f"* = {server}",
+            "[pgbouncer]",
+            *(f"{name} = {value}" for name, value in settings.items()),
+        ]
         passwords = dict.fromkeys(self._users, "") | {self._user: self._server.get("password", "")}
         users = [f'"{user}" "{password}"' for user, password in passwords.items()]
         for name, content in (("pgbouncer.ini", lines), ("users", users), ("log", [])):
