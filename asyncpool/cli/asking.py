@@ -27,6 +27,8 @@ T = TypeVar("T")
 # Seconds for the server to end the sessions that the examination has had.
 CLOSE_TIMEOUT = 1.0
 
+_TCP = (socket.AF_INET, socket.AF_INET6)
+
 Row = tuple[str | None, ...]
 
 
@@ -82,13 +84,17 @@ class Client:
         except TimeoutError:
             raise NoAnswer(step, self._timeout) from None
 
+    @property
     def local_port(self) -> int | None:
         """The port of this end, None on a Unix socket."""
         with duplicate(self.pgconn.socket) as sock:
-            if sock.family not in (socket.AF_INET, socket.AF_INET6):
-                return None
-            port: int = sock.getsockname()[1]
-            return port
+            return int(sock.getsockname()[1]) if sock.family in _TCP else None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the other end is on TCP, and has another address than this one."""
+        with duplicate(self.pgconn.socket) as sock:
+            return sock.family in _TCP and sock.getsockname()[0] != sock.getpeername()[0]
 
 
 @asynccontextmanager

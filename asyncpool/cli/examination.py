@@ -10,7 +10,6 @@ import re
 import statistics
 import time
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeVar
 
 from psycopg import Error
@@ -107,12 +106,12 @@ class Examination:
             standby = await self._or_none(
                 "role", client.ask("select pg_catalog.pg_is_in_recovery()", "ask whether it is a standby")
             )
-            passed_on = client.local_port() is not None and str(client.local_port()) != port
+            passed_on = client.local_port is not None and str(client.local_port) != port
             pooling_found = await self._examine_pooling(client, passed_on=passed_on)
             return Facts(
                 place=describe(_place_of(client.pgconn), self._redactor),
                 user=str(user),
-                is_remote=_is_remote(client.pgconn),
+                is_remote=client.is_remote,
                 given=frozenset(self._given),
                 target_session_attrs=self._asked("target_session_attrs", "any"),
                 server_version=_brief_version(str(version)),
@@ -218,13 +217,6 @@ def _address_of(pgconn: PGconn) -> dict[str, str]:
 def _place_of(pgconn: PGconn) -> dict[str, str]:
     names = {"user": pgconn.user, "host": pgconn.host, "port": pgconn.port, "dbname": pgconn.db}
     return {name: value.decode() for name, value in names.items() if value}
-
-
-def _is_remote(pgconn: PGconn) -> bool:
-    try:
-        return not ip_address(pgconn.hostaddr.decode().partition("%")[0]).is_loopback
-    except ValueError:  # a Unix socket
-        return False
 
 
 def _brief_version(version: str) -> str:

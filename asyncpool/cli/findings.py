@@ -238,7 +238,7 @@ def _pooler_in_mode(facts: Facts, pooler: Pooler) -> Finding:
             f"{name}, in transaction mode: SET, LISTEN, session advisory locks and temporary tables do not stay with"
             " you beyond a transaction, but may reach others",
             "use SET LOCAL and pg_advisory_xact_lock(), connect directly for LISTEN, and leave reset= at 'rollback';"
-            f" more than its {of_size} at a time wait there",
+            f" what is beyond its {of_size} waits there",
         )
     if pooler.mode is PoolMode.SESSION:
         return Finding(
