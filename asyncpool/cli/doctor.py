@@ -226,6 +226,7 @@ def _facts_as_json(facts: Facts) -> dict[str, Any]:
             "product": pooler.product,
             "version": pooler.version,
             "mode": pooler.mode.value if pooler.mode is not None else None,
+            "settings": dict(pooler.settings),
         },
         "passed_on": facts.passed_on,
         "prepared_statements": facts.prepared.value,

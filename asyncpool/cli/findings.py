@@ -319,7 +319,12 @@ def _idle_sessions(facts: Facts) -> Iterator[Finding]:
     limit = facts.milliseconds("idle_session_timeout")
     topic = "idle_session_timeout"
     if _is_shared(facts):
-        if limit:
+        before = _pooler_number(facts, "server_idle_timeout")
+        if limit and 0 < before < limit / 1000:
+            yield Finding(
+                Level.OK, topic, f"{_seconds(limit)}, more than the pooler's server_idle_timeout, {before:g} s"
+            )
+        elif limit:
             yield Finding(
                 Level.NOTE,
                 topic,
@@ -344,7 +349,7 @@ def _idle_sessions(facts: Facts) -> Iterator[Finding]:
         yield Finding(Level.OK, topic, "none")
     elif limit:
         yield Finding(Level.OK, topic, f"{_seconds(limit)}, more than max_idle ({MAX_IDLE:g} s)")
-    client_limit = _pooler_seconds(facts, "client_idle_timeout")
+    client_limit = _pooler_number(facts, "client_idle_timeout")
     if client_limit and client_limit < 1.5 * CHECK_INTERVAL:
         yield Finding(
             Level.WARNING,
@@ -429,7 +434,7 @@ def recommended_options(facts: Facts) -> Options:
     if facts.pooler is not None and facts.pooler.mode is PoolMode.STATEMENT:
         options["autocommit"] = True
     limits = [] if _is_shared(facts) else [(facts.milliseconds("idle_session_timeout") or 0) / 1000]
-    limits.append(_pooler_seconds(facts, "client_idle_timeout"))
+    limits.append(_pooler_number(facts, "client_idle_timeout"))
     if shortest := min(filter(None, limits), default=0):
         if shortest < MAX_IDLE:
             options["max_idle"] = _rounded(PRUDENCE * shortest)
@@ -444,7 +449,7 @@ def _max_size(facts: Facts) -> int:
     limits = [MAX_SIZE]
     if facts.capacity is not None:
         limits.append(max(1, int(facts.capacity.free * SHARE_OF_FREE)))
-    if size := int(_pooler_seconds(facts, "default_pool_size")):
+    if size := int(_pooler_number(facts, "default_pool_size")):
         limits.append(size)
     return min(limits)
 
@@ -457,7 +462,7 @@ def _is_shared(facts: Facts) -> bool:
     return facts.pooler is not None and facts.pooler.mode is not None and facts.pooler.mode.is_shared
 
 
-def _pooler_seconds(facts: Facts, name: str) -> float:
+def _pooler_number(facts: Facts, name: str) -> float:
     """A number of the pooler's settings; 0, which is no limit there, where it is not to be seen."""
     value = facts.pooler.settings.get(name, "") if facts.pooler is not None else ""
     try:

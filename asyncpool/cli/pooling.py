@@ -38,6 +38,16 @@ TURNS = 8
 # With a pooler that has no second one it would wait until then.
 HELD = 0.5
 
+# Of the pooler's own settings those that matter to a pool before it.
+SETTINGS = (
+    "client_idle_timeout",
+    "default_pool_size",
+    "max_client_conn",
+    "max_prepared_statements",
+    "query_wait_timeout",
+    "server_idle_timeout",
+)
+
 # What poolers call the statements that they prepare in the client's stead, and their words.
 _PREFIXES = {"PGBOUNCER_": "PgBouncer", "PGCAT_": "PgCat", "odyssey": "Odyssey", "supavisor": "Supavisor"}
 _WORDS = {
@@ -147,6 +157,7 @@ async def _execute_elsewhere(first: Client, second: Client, name: str, prepared_
         return Prepared.LOST
     finally:
         execution.cancel()
+        await asyncio.gather(execution, return_exceptions=True)
     return Prepared.UNKNOWN if executed_at == prepared_at else Prepared.USABLE
 
 
@@ -187,7 +198,7 @@ async def ask_console(conninfo: str, address: Mapping[str, str], timeout: float)
         return product_of_words(_without_address(str(failed.error))), {}
     except (Error, NoAnswer, ValueError) as error:
         return product_of_words(words_of(error)), {}
-    return version, {str(row[0]): str(row[1]) for row in config if len(row) > 1}
+    return version, {str(row[0]): str(row[1]) for row in config if row[0] in SETTINGS}
 
 
 def _without_address(words: str) -> str:

@@ -21,7 +21,7 @@ import psycopg
 import pytest
 from kit.pgbouncer import PgBouncer
 from kit.waiting import eventually_blocking
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from asyncpool import Pool
 from asyncpool.cli import main
@@ -116,7 +116,7 @@ def test_json_has_its_documented_keys(capsys: pytest.CaptureFixture[str], transa
         "settings",
         "unanswered",
     }
-    assert facts["pooler"] == {"product": "PgBouncer", "version": None, "mode": "transaction"}
+    assert facts["pooler"] == {"product": "PgBouncer", "version": None, "mode": "transaction", "settings": {}}
     assert facts["prepared_statements"] == "lost"
     assert facts["connections"]["free"] > 0
 
@@ -244,7 +244,7 @@ def test_a_wrong_password_and_none(
 def test_what_the_server_itself_refuses(
     capsys: pytest.CaptureFixture[str], mortal: MortalServer, parameters: dict[str, str], kind: str
 ) -> None:
-    assert refusal(capsys, mortal.dsn("doctor", **parameters))[0] == kind
+    assert refusal(capsys, make_conninfo(mortal.dsn("doctor"), **parameters))[0] == kind
 
 
 def test_a_role_that_has_no_connection_left(capsys: pytest.CaptureFixture[str], mortal: MortalServer) -> None:

@@ -139,19 +139,17 @@ async def test_a_standby_is_told_from_a_primary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "prepared"),
+    ("mode", "prepared", "size"),
     [
-        (PoolMode.SESSION, Prepared.USABLE),
-        (PoolMode.TRANSACTION, Prepared.LOST),
-        (PoolMode.STATEMENT, Prepared.LOST),
+        # With one server connection there would be none for a second client: that is another test's subject.
+        *((PoolMode.SESSION, Prepared.USABLE, size) for size in (2, 20)),
+        *((PoolMode.TRANSACTION, Prepared.LOST, size) for size in (1, 2, 20)),
+        *((PoolMode.STATEMENT, Prepared.LOST, size) for size in (1, 2, 20)),
     ],
 )
-@pytest.mark.parametrize("size", [1, 2, 20])
 async def test_pgbouncer_is_recognized_with_its_mode(
     server: Server, mode: PoolMode, prepared: Prepared, size: int
 ) -> None:
-    if mode is PoolMode.SESSION and size == 1:
-        pytest.skip("then there is none for a second connection, which is another test's subject")
     with PgBouncer(server.dsn, mode.value, settings={"default_pool_size": size}) as bouncer:
         facts = await examine(bouncer.dsn())
         assert facts.pooler is not None
@@ -200,12 +198,13 @@ async def test_the_mode_is_recognized_while_others_are_at_work(
 
 async def test_its_version_and_settings_are_told_to_a_role_that_may_see_them(server: Server) -> None:
     user = psycopg.conninfo.conninfo_to_dict(server.dsn).get("user", "postgres")
-    settings = {"stats_users": str(user), "default_pool_size": 4, "client_idle_timeout": 20}
+    settings: dict[str, str | int] = {"stats_users": str(user), "default_pool_size": 4, "client_idle_timeout": 20}
     with PgBouncer(server.dsn, "transaction", settings=settings) as bouncer:
         facts = await examine(bouncer.dsn())
     assert facts.pooler is not None
     assert facts.pooler.product == "PgBouncer"
     assert facts.pooler.version
+    assert facts.pooler.settings.keys() >= {"default_pool_size", "client_idle_timeout", "server_idle_timeout"}
     assert facts.pooler.settings["default_pool_size"] == "4"
     assert diagnose(facts).options == {
         "max_size": 4,
@@ -213,6 +212,14 @@ async def test_its_version_and_settings_are_told_to_a_role_that_may_see_them(ser
         "max_idle": 16,
         "check_interval": 6.667,
     }
+
+
+async def test_of_several_hosts_the_one_that_was_reached_is_examined(server: Server) -> None:
+    with PgBouncer(server.dsn, "transaction") as bouncer:
+        facts = await examine(bouncer.dsn(host="127.0.0.1,127.0.0.1", port=f"1,{bouncer.port}"))
+    assert facts.pooler is not None
+    assert (facts.pooler.product, facts.pooler.mode) == ("PgBouncer", PoolMode.TRANSACTION)
+    assert f"@127.0.0.1:{bouncer.port}/" in facts.place
 
 
 async def test_a_pooler_without_a_second_server_connection_is_told_in_bounded_time(server: Server) -> None:

@@ -288,6 +288,12 @@ def test_behind_a_shared_connection_an_idle_session_is_the_poolers() -> None:
     assert diagnose(facts).options == {"max_size": 10}
 
 
+def test_a_pooler_that_closes_them_before_needs_nothing() -> None:
+    between = pooler(PoolMode.TRANSACTION, server_idle_timeout="5")
+    facts = replace(with_settings(idle_session_timeout="10000"), pooler=between)
+    assert about("idle_session_timeout", facts).level is Level.OK
+
+
 def test_a_pooler_that_ends_idle_clients_is_pinged_in_time() -> None:
     facts = replace(HEALTHY, pooler=pooler(PoolMode.TRANSACTION, client_idle_timeout="15"))
     assert about("client_idle_timeout", facts).level is Level.WARNING
