@@ -81,11 +81,13 @@ async def is_between(client: Client) -> bool:
 
 async def find_mode(first: Client, second: Client) -> PoolMode:
     """The mode of the pooler behind which two clients are. May end the connection of the second one."""
-    processes: list[set[str]] = [set(), set()]
+    met_by_first: set[str] = set()
+    met_by_second: set[str] = set()
     for _ in range(TURNS):
-        for client, met in zip((first, second), processes, strict=True):
-            met.add(await process_of(client))
-        if processes[0] & processes[1] or max(map(len, processes)) > 1:
+        # The first one twice: a pooler that goes around its server connections could keep step with two clients.
+        met_by_first |= {await process_of(first), await process_of(first)}
+        met_by_second.add(await process_of(second))
+        if met_by_first & met_by_second or len(met_by_first) > 1 or len(met_by_second) > 1:
             break
     else:
         return PoolMode.SESSION
@@ -130,17 +132,27 @@ async def try_prepared(first: Client, second: Client, mode: PoolMode | None) -> 
         return Prepared.LOST, None
     listed = {str(row[0]) for row in names}
     product = next((product for prefix, product in _PREFIXES.items() if _has_prefix(listed, prefix)), None)
+    if mode is None or not mode.is_shared:
+        # The first client's own server connection: it ends with it.
+        return await _execute(first, name), product
     outcome = await _execute_elsewhere(first, second, name, str(prepared_at))
-    if outcome is Prepared.UNKNOWN and (mode is None or not mode.is_shared):
-        return Prepared.USABLE, product
-    if outcome is Prepared.UNKNOWN:
-        # It met the same server connection each time. Under its own name it is prepared there and nowhere else.
-        return (Prepared.LOST if name in listed else Prepared.UNKNOWN), product
+    if name in listed:
+        # Under its own name it is prepared there and nowhere else, even if just that server connection came back.
+        await _remove_wherever(first, name)
+        return Prepared.LOST, product
     return outcome, product
 
 
 def _has_prefix(names: set[str], prefix: str) -> bool:
     return any(name.lower().startswith(prefix.lower()) for name in names)
+
+
+async def _execute(client: Client, name: str) -> Prepared:
+    try:
+        await client.execute_prepared(name)
+    except DatabaseError:
+        return Prepared.LOST
+    return Prepared.USABLE
 
 
 async def _execute_elsewhere(first: Client, second: Client, name: str, prepared_at: str) -> Prepared:
@@ -161,11 +173,23 @@ async def _execute_elsewhere(first: Client, second: Client, name: str, prepared_
     return Prepared.UNKNOWN if executed_at == prepared_at else Prepared.USABLE
 
 
-async def _remove(client: Client, name: str) -> None:
-    """Where this client is now: the server connection lives on, and others get it."""
+async def _remove_wherever(client: Client, name: str) -> None:
+    """Where the second client did not get hold of the server connection: on those that this one gets."""
+    for _ in range(TURNS):
+        await client.ask("begin", "begin a transaction")
+        removed = await _remove(client, name)
+        await client.ask("commit", "end a transaction")
+        if removed:
+            return
+
+
+async def _remove(client: Client, name: str) -> bool:
+    """Within a transaction: the server connection lives on, and others get it."""
     listed = f"select 1 from pg_catalog.pg_prepared_statements where name = '{name}'"  # noqa: S608
-    if await client.ask(listed, "list what is prepared"):
-        await client.ask(f"deallocate {name}", "remove what was prepared")
+    if not await client.ask(listed, "list what is prepared"):
+        return False
+    await client.ask(f"deallocate {name}", "remove what was prepared")
+    return True
 
 
 # --- which pooler it is --------------------------------------------------------------------------------------
