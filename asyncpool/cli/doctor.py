@@ -154,9 +154,8 @@ def _show_refusal(message: str, refusal: Refusal) -> None:
 def _print_json(outcome: dict[str, Any]) -> None:
     try:
         print(json.dumps(outcome, indent=2), flush=True)
-    except (
-        BrokenPipeError
-    ):  # whoever read it has seen enough; the interpreter's own flush at exit must not fail as well
+    except BrokenPipeError:
+        # Whoever read it has seen enough; the interpreter's own flush at exit must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
