@@ -11,6 +11,7 @@ import pytest
 from kit.pgbouncer import PgBouncer
 from kit.proxy import Proxy
 from kit.waiting import eventually
+from psycopg.conninfo import conninfo_to_dict
 
 from asyncpool import Pool
 from asyncpool.cli.embedded import EmbeddedServer
@@ -197,7 +198,7 @@ async def test_the_mode_is_recognized_while_others_are_at_work(
 
 
 async def test_its_version_and_settings_are_told_to_a_role_that_may_see_them(server: Server) -> None:
-    user = psycopg.conninfo.conninfo_to_dict(server.dsn).get("user", "postgres")
+    user = conninfo_to_dict(server.dsn).get("user", "postgres")
     settings: dict[str, str | int] = {"stats_users": str(user), "default_pool_size": 4, "client_idle_timeout": 20}
     with PgBouncer(server.dsn, "transaction", settings=settings) as bouncer:
         facts = await examine(bouncer.dsn())

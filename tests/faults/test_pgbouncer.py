@@ -47,7 +47,8 @@ def bounced_dsn(bouncer: PgBouncer, application_name: str) -> str:
 
 
 def pool_of(dsn: str, **options: Any) -> Pool[Any]:
-    return Pool(dsn, **({"prepare_threshold": None, "min_size": 1, "max_size": MAX_SIZE} | options))
+    given: dict[str, Any] = {"prepare_threshold": None, "min_size": 1, "max_size": MAX_SIZE} | options
+    return Pool(dsn, **given)
 
 
 async def process(conn: psycopg.AsyncConnection[Any]) -> int:
