@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +60,8 @@ class PgBouncer:
         self._process: subprocess.Popen[bytes] | None = None
         self._reservation = _reserve_port()
         self.port: int = self._reservation.getsockname()[1]
+        if sys.platform != "linux":  # where PgBouncer could not listen beside it
+            self._reservation.close()
         self._directory = Path(tempfile.mkdtemp(prefix="asyncpool-pgbouncer-", dir="/tmp"))
 
     def __enter__(self) -> Self:
