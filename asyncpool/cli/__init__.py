@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from asyncpool.cli import demo, doctor
+from asyncpool.cli import demo, doctor, tune
 from asyncpool.cli.extras import MissingExtra
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo.add_command(commands)
     doctor.add_command(commands)
+    tune.add_command(commands)
     parsed = parser.parse_args(arguments)
     try:
         status: int = parsed.run(parsed, parser)

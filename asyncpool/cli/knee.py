@@ -1,0 +1,164 @@
+"""How large a pool should be, told from what was measured: pure decisions on numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import count
+from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# Rates that differ by less are as good as equal: no machine repeats itself better than that.
+TOLERANCE = 0.05
+
+# So many sizes in a row that do not raise the rate end a sweep: one alone may have had bad luck.
+FLAT_SIZES = 2
+
+# The client's event loop is one thread: from this share of a core on, it is what limits.
+SATURATED = 0.9
+
+# A rate and a 99th percentile told from fewer statements are chance.
+FEWEST_STATEMENTS = 20
+
+
+class Ending(StrEnum):
+    """Why a sweep ended; the value is what `--json` calls it."""
+
+    FLAT = "flat"
+    """Further sizes did not raise the rate."""
+    LARGEST_SIZE = "largest size"
+    TIME_IS_UP = "time is up"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one size carried. `rates`: statements per second in each pass; `p50` and `p99`: seconds from asking for a
+    connection to giving it back; `wait_share`: how much of that was waiting for one, unknown of one-shots;
+    `processor_share`: how much of one processor core the client took.
+    """
+
+    size: int
+    statements: int
+    rates: tuple[float, ...]
+    p50: float
+    p99: float
+    wait_share: float | None
+    processor_share: float
+
+    @property
+    def rate(self) -> float:
+        """Statements per second: the median of the passes, which one that was disturbed does not move."""
+        return median(self.rates)
+
+    @property
+    def spread(self) -> float:
+        """How far the passes are apart: half of their range, as a share of the rate."""
+        return (max(self.rates) - min(self.rates)) / 2 / self.rate if self.rate else 0.0
+
+
+def sizes_up_to(largest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, 24, …, and `largest` itself at the end."""
+    smaller: list[int] = []
+    for size in _growing_sizes():
+        if size >= largest:
+            break
+        smaller.append(size)
+    return [*smaller, largest]
+
+
+def _growing_sizes() -> Iterator[int]:
+    yield 1
+    for exponent in count(1):
+        yield 2**exponent
+        yield 3 * 2 ** (exponent - 1)
+
+
+def is_flat(readings: Sequence[Reading]) -> bool:
+    """Whether the last sizes did not raise the rate: each is compared with the last that did, so that one that creeps
+    up in small steps is no flat one.
+    """
+    reference, flat = 0.0, 0
+    for reading in readings:
+        if reading.rate > reference * (1 + TOLERANCE):
+            reference, flat = reading.rate, 0
+        else:
+            flat += 1
+    return flat >= FLAT_SIZES
+
+
+def find_knee(readings: Sequence[Reading]) -> Reading:
+    """The smallest size whose rate is within the tolerance of the best: what is larger costs the server sessions, and
+    its callers time, without carrying more.
+    """
+    best = max(reading.rate for reading in readings)
+    return min((r for r in readings if r.rate >= best * (1 - TOLERANCE)), key=lambda reading: reading.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """`max_size` is None if nothing can be told; where it is not `conclusive`, it is the best that was seen."""
+
+    max_size: int | None
+    conclusive: bool
+    reason: str
+    client_limited: bool = False
+
+
+def recommend(readings: Sequence[Reading], ending: Ending) -> Recommendation:
+    """Which `max_size` the readings, by rising size, speak for, and why."""
+    if not readings:
+        return Recommendation(None, False, "No size was measured to its end.")
+    if not any(reading.statements for reading in readings):
+        return Recommendation(None, False, "No statement ended while it was measured.")
+    knee = find_knee(readings)
+    client_limited = knee.processor_share >= SATURATED
+    if (thin := min(readings, key=lambda reading: reading.statements)).statements < FEWEST_STATEMENTS:
+        reason = f"{count_of(thin.statements, 'statement')} at size {thin.size} are too few to tell a rate from."
+        return Recommendation(knee.size, False, reason, client_limited)
+    if ending in (Ending.INTERRUPTED, Ending.TIME_IS_UP):
+        reason = f"It ended early, at {rate_of(knee)} with {knee.size}: larger sizes may carry more."
+        return Recommendation(knee.size, False, reason, client_limited)
+    larger = [reading for reading in readings if reading.size > knee.size]
+    if not larger:
+        reason = f"The rate was still rising at the largest size that was measured, {rate_of(knee)} with {knee.size}."
+        return Recommendation(knee.size, False, reason, client_limited)
+    return Recommendation(knee.size, True, _reason(knee, larger), client_limited)
+
+
+def _reason(knee: Reading, larger: Sequence[Reading]) -> str:
+    best = max(larger, key=lambda reading: reading.rate)
+    gain = best.rate / knee.rate - 1
+    carried = f"{knee.size} {'carries' if knee.size == 1 else 'carry'} {rate_of(knee)}"
+    if gain > 0.005:
+        text = f"{carried}, and {best.size} only {gain:.0%} more".replace("%", " %")
+    else:
+        text = f"{carried}, and more connections do not carry more"
+    worst = max(larger, key=lambda reading: reading.p99)
+    if worst.p99 > knee.p99 * (1 + TOLERANCE):
+        text += f", while p99 rises from {milliseconds(knee.p99)} to {milliseconds(worst.p99)} ms with {worst.size}"
+    return text + "."
+
+
+def noise(readings: Sequence[Reading]) -> float:
+    """How far the passes of one size are apart, typically, as a share of its rate."""
+    return median(reading.spread for reading in readings) if readings else 0.0
+
+
+def rate_of(reading: Reading) -> str:
+    """A rate, with as many digits as it deserves."""
+    return f"{reading.rate:,.0f}/s" if reading.rate >= 100 else f"{reading.rate:,.1f}/s"
+
+
+def milliseconds(seconds: float) -> str:
+    """A duration, with as many digits as it deserves."""
+    value = 1000 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def count_of(number: int, noun: str) -> str:
+    """`1 statement`, `2 statements`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,140 @@
+"""The user's statement: its values, and whether it works at all, found out before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from asyncpool._io.one_shot_rules import needs_session
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+# What psycopg takes for the place of a value, and what a server does.
+PLACEHOLDER = re.compile(r"%(?:\(\w+\))?[sbt]|\$\d")
+
+EXAMPLE = "such as '[7, 21.5]' or '{\"device\": 7}'"
+
+
+class StatementFailed(Exception):
+    """The statement cannot be measured; the message says why, in the server's words where they are the server's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What each task does again and again. `commit`: and keep it, rather than roll it back."""
+
+    query: str
+    params: Sequence[Any] | Mapping[str, Any] | None
+    commit: bool
+
+    @property
+    def encoded(self) -> bytes:
+        """psycopg takes a str for a literal of the program's, which this is not."""
+        return self.query.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What became of it: how many seconds it takes alone, and whether it only reads."""
+
+    seconds: float
+    only_reads: bool
+
+
+def query_argument(text: str) -> str:
+    """The value of `--query`."""
+    if not text.strip().strip(";"):
+        raise argparse.ArgumentTypeError("it is empty: give one SQL statement")
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8") from None
+    if command := needs_session(encoded):
+        raise argparse.ArgumentTypeError(
+            f"{command} cannot be measured: give one statement that works in a transaction of its own, such as a"
+            " SELECT or an INSERT"
+        )
+    return text
+
+
+def params_argument(text: str) -> list[Any] | dict[str, Any]:
+    """The value of `--params`: JSON, in which an object within is a value of type jsonb."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"it is no JSON ({error}): give a list or an object, {EXAMPLE}") from None
+    if isinstance(values, list):
+        return [_adaptable(value) for value in values]
+    if isinstance(values, dict):
+        return {name: _adaptable(value) for name, value in values.items()}
+    raise argparse.ArgumentTypeError(f"it is JSON, but neither a list nor an object: give one, {EXAMPLE}")
+
+
+def _adaptable(value: Any) -> Any:
+    return Jsonb(value) if isinstance(value, dict) else value
+
+
+async def try_out(conn: psycopg.AsyncConnection[Any], statement: Statement, patience: float) -> Trial:
+    """Run it, on a connection in autocommit: first in a READ ONLY transaction, which tells whether it writes, then as
+    it is going to be run. Raises StatementFailed if it fails, or does not end within `patience` seconds.
+    """
+    try:
+        async with asyncio.timeout(patience):
+            only_reads = await _only_reads(conn, statement)
+            # What is committed may stand in its own way the second time.
+            durations = [await _run(conn, statement, commit=statement.commit) for _ in range(2)]
+    except TimeoutError:
+        raise StatementFailed(
+            f"the statement did not end within {patience:g} s: give more with --seconds, or a quicker statement"
+        ) from None
+    except psycopg.Error as error:
+        if conn.broken:
+            raise
+        raise StatementFailed(explain(error, statement)) from error
+    return Trial(min(durations), only_reads)
+
+
+async def _only_reads(conn: psycopg.AsyncConnection[Any], statement: Statement) -> bool:
+    try:
+        await _run(conn, statement, commit=False, read_only=True)
+    except psycopg.errors.ReadOnlySqlTransaction:
+        return False
+    return True
+
+
+async def _run(
+    conn: psycopg.AsyncConnection[Any], statement: Statement, *, commit: bool, read_only: bool = False
+) -> float:
+    async with _transaction(conn, commit=commit, read_only=read_only):
+        begun = time.perf_counter()
+        # In a pipeline psycopg leaves the simple protocol, which would take several statements, a COMMIT among them.
+        async with conn.pipeline():
+            cursor = await conn.execute(statement.encoded, statement.params)
+        return time.perf_counter() - begun if cursor.pgresult else 0.0
+
+
+@asynccontextmanager
+async def _transaction(conn: psycopg.AsyncConnection[Any], *, commit: bool, read_only: bool) -> AsyncIterator[None]:
+    await conn.set_read_only(True if read_only else None)
+    async with conn.transaction(force_rollback=not commit):
+        yield
+
+
+def explain(error: psycopg.Error, statement: Statement) -> str:
+    """The statement's failure in the server's words, and what may help."""
+    words = str(error).strip() or type(error).__name__
+    if error.sqlstate is None and isinstance(error, psycopg.ProgrammingError):
+        return f"the statement could not be sent: {words}: --params are to fit the placeholders in --query"
+    if statement.params is None and PLACEHOLDER.search(statement.query):
+        words += "\nplaceholders in --query are written %s or %(name)s, and need values: --params, " + EXAMPLE
+    return f"the statement fails: {words}"

@@ -1,0 +1,189 @@
+"""The sweep over pool sizes: up until the rate is flat, and then again and again, so that no size has all the luck."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import psycopg
+
+from asyncpool import Pool
+from asyncpool.cli.knee import Ending, Reading, find_knee, is_flat, sizes_up_to
+from asyncpool.cli.load import GRACE, Pass, as_one_shot, measure, on_a_lease, reading_of
+from asyncpool.cli.statement import StatementFailed, explain
+from asyncpool.errors import PoolTimeout
+
+if TYPE_CHECKING:
+    from asyncpool.cli.statement import Statement, Trial
+
+# The measuring of a size is cut into so many passes, and the sizes take turns: whatever else the machine does for a
+# while hits several of them. But a pass is to see a few statements on one connection.
+MOST_PASSES = 4
+STATEMENTS_IN_A_PASS = 5
+
+# A new connection's first statements are planned, and fill the server's caches.
+WARM_UP = 0.25
+WARM_UP_STATEMENTS = 7
+
+# How long the pool of a pass may take to connect, in seconds; and how long it does take, as far as can be told before.
+CONNECT_PATIENCE = 10.0
+USUAL_CONNECT = 0.25
+
+DEFAULT_SECONDS = 2.0
+# Without --seconds a slow statement is given more, up to this.
+LONGEST_DEFAULT = 20.0
+STATEMENTS_WANTED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is going to be measured. Times are in seconds: `seconds` for each size, `at_most` for everything."""
+
+    sizes: tuple[int, ...]
+    tasks: int
+    seconds: float
+    passes: int
+    warm_up: float
+    at_most: float
+    one_shots: bool
+
+
+def seconds_for(given: float | None, trial: Trial) -> float:
+    """How long each size is measured. Raises StatementFailed where that would show next to nothing."""
+    longest = LONGEST_DEFAULT if given is None else given
+    if trial.seconds * STATEMENTS_IN_A_PASS > longest:
+        raise StatementFailed(
+            f"the statement takes {trial.seconds:.2g} s, and {longest:g} s for each size are too few to tell a rate"
+            f" from: give --seconds {trial.seconds * STATEMENTS_WANTED:.0f}, or a quicker statement"
+        )
+    return max(DEFAULT_SECONDS, trial.seconds * STATEMENTS_WANTED) if given is None else given
+
+
+def plan(*, largest: int, tasks: int, seconds: float, most_seconds: float, trial: Trial, one_shots: bool) -> Plan:
+    """Cut the time into passes, and tell how long it takes at most."""
+    sizes = tuple(sizes_up_to(largest))
+    passes = MOST_PASSES
+    if trial.seconds:
+        passes = max(1, min(MOST_PASSES, int(seconds / (trial.seconds * STATEMENTS_IN_A_PASS))))
+    warm_up = min(max(WARM_UP, trial.seconds * WARM_UP_STATEMENTS), max(WARM_UP, seconds / passes))
+    around = warm_up + USUAL_CONNECT + min(GRACE, 2 * trial.seconds)
+    computed = (len(sizes) + one_shots) * (seconds + passes * around)
+    return Plan(sizes, tasks, seconds, passes, warm_up, min(most_seconds, computed), one_shots)
+
+
+class Progress(Protocol):
+    """Where a sweep says how far it is."""
+
+    def begin_pass(self, title: str, done: float) -> None:
+        """A pass begins, and that share of the time that it all takes at most is over."""
+
+    def reading(self, title: str, reading: Reading) -> None:
+        """The first figures of a size."""
+
+
+class Sweep:
+    """Measures until the knee is seen. What it has measured so far is there at any time, also when it is cancelled."""
+
+    def __init__(self, conninfo: str, statement: Statement, plan: Plan, progress: Progress) -> None:
+        self._conninfo = conninfo
+        self._statement = statement
+        self._plan = plan
+        self._progress = progress
+        self._passes: dict[int, list[Pass]] = {}
+        self._one_shot_size = 0
+        self._one_shot_passes: list[Pass] = []
+        self.ending = Ending.INTERRUPTED
+
+    @property
+    def readings(self) -> list[Reading]:
+        """By rising size."""
+        return [reading_of(size, passes, waiting_is_known=True) for size, passes in sorted(self._passes.items())]
+
+    @property
+    def one_shots(self) -> Reading | None:
+        """The one-shot statements; its size is how many connections they took."""
+        if not self._one_shot_passes:
+            return None
+        connections = max(one.connections for one in self._one_shot_passes)
+        return reading_of(connections, self._one_shot_passes, waiting_is_known=False)
+
+    async def run(self) -> None:
+        """Measure. Raises StatementFailed, and psycopg.OperationalError if the server does not let enough of us in."""
+        try:
+            async with asyncio.timeout(self._plan.at_most):
+                self.ending = await self._run()
+        except TimeoutError:
+            self.ending = Ending.TIME_IS_UP
+
+    async def _run(self) -> Ending:
+        remaining = list(self._plan.sizes)
+        while True:
+            while remaining and not is_flat(self.readings):
+                await self._measure_size(remaining.pop(0))
+            await self._measure_again()
+            # With more passes a size may look better than at first, and the end be further up.
+            if is_flat(self.readings):
+                return Ending.FLAT
+            if not remaining:
+                return Ending.LARGEST_SIZE
+
+    async def _measure_again(self) -> None:
+        """Every size as often as planned, and the one-shots, in turns that go down and up again."""
+        if self._plan.one_shots and not self._one_shot_passes:
+            await self._measure_one_shots()
+        for number in range(1, self._plan.passes):
+            for size in sorted(self._passes, reverse=bool(number % 2)):
+                if len(self._passes[size]) <= number:
+                    await self._measure_size(size)
+            if self._plan.one_shots and len(self._one_shot_passes) <= number:
+                await self._measure_one_shots()
+
+    async def _measure_size(self, size: int) -> None:
+        passes = self._passes.get(size, [])
+        title = f"size {size}"
+        self._progress.begin_pass(title, self._share_done())
+        measured = await self._measure_pool(self._pool(title, size, size), one_shots=False)
+        self._passes[size] = [*passes, measured]
+        if not passes:
+            self._progress.reading(title, reading_of(size, [measured], waiting_is_known=True))
+
+    async def _measure_one_shots(self) -> None:
+        """In a pool of the size that the knee is at: would one-shots do better there?"""
+        self._one_shot_size = self._one_shot_size or find_knee(self.readings).size
+        self._progress.begin_pass("one-shots", self._share_done())
+        pool = self._pool("one-shots", 1, self._one_shot_size)
+        self._one_shot_passes.append(await self._measure_pool(pool, one_shots=True))
+        if len(self._one_shot_passes) == 1 and (reading := self.one_shots):
+            self._progress.reading("one-shots", reading)
+
+    async def _measure_pool(self, pool: Pool, *, one_shots: bool) -> Pass:
+        plan = self._plan
+        try:
+            await pool.open(timeout=CONNECT_PATIENCE)
+        except PoolTimeout as timeout:
+            raise timeout.__cause__ or timeout from None
+        try:
+            once = (as_one_shot if one_shots else on_a_lease)(pool, self._statement)
+            measured = await measure(once, plan.tasks, plan.warm_up, plan.seconds / plan.passes)
+            measured.connections = pool.stats().size
+        except psycopg.Error as error:
+            raise StatementFailed(f"under load, {explain(error, self._statement)}") from error
+        finally:
+            await pool.close()
+        return measured
+
+    def _pool(self, title: str, min_size: int, max_size: int) -> Pool:
+        return Pool(
+            self._conninfo,
+            name=f"tune, {title}",
+            min_size=min_size,
+            max_size=max_size,
+            # Whoever waits does so until the pass is over.
+            acquire_timeout=None,
+            fallback_application_name="asyncpool tune",
+        )
+
+    def _share_done(self) -> float:
+        done = sum(map(len, self._passes.values())) + len(self._one_shot_passes)
+        return done / (self._plan.passes * (len(self._plan.sizes) + self._plan.one_shots))

@@ -1,0 +1,310 @@
+"""`asyncpool tune`: how large the pool should be, measured with the user's own statement on his own server."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from asyncpool.cli import tune_report
+from asyncpool.cli.capacity import Capacity, read_capacity
+from asyncpool.cli.chart import check_can_draw, draw
+from asyncpool.cli.extras import console
+from asyncpool.cli.knee import recommend
+from asyncpool.cli.signals import interruptible, run_interruptibly
+from asyncpool.cli.statement import Statement, StatementFailed, params_argument, query_argument, try_out
+from asyncpool.cli.sweep import DEFAULT_SECONDS, Sweep, plan, seconds_for
+from asyncpool.conninfo import Redactor, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from asyncpool.cli.statement import Trial
+    from asyncpool.cli.sweep import Plan, Progress
+
+DESCRIPTION = """\
+How large should the pool be? Many tasks do one statement again and again, each in a transaction on a connection that
+it takes from the pool and gives back, with no pause: with a pool of 1, then 2, 3, 4, 6, 8, 12, ... connections, until
+two sizes in a row do not raise the rate by more than 5 %. Recommended is the smallest size whose rate is within 5 % of
+the best. The transactions are rolled back, unless --commit is given.
+
+One-shot statements (pool.fetch) are measured beside them, in a pool of that size. They commit by themselves, so that
+this is done only with --commit, or when the statement only reads: when the server lets it run in a READ ONLY
+transaction, in which it is tried out first.
+"""
+
+EPILOG = """\
+exit status:
+  0   a size is recommended
+  1   the statement fails, or the measurement is not conclusive: the rate was still rising at the largest size,
+      the time was up, or too few statements ended to tell a rate from
+  2   it could not run: wrong arguments, no connection, or too few that are free
+  130 interrupted by Ctrl-C (143 by SIGTERM); what was measured until then is shown
+
+keys of --json:
+  max_size, conclusive, reason, notes    what is recommended; max_size is the best seen if not conclusive, or null
+  client_limited    this process, not the pool or the server, was the limit
+  ended    "flat" (further sizes did not raise the rate), "largest size", "time is up", "interrupted"
+  sizes    a list of: size, statements, statements_per_second (the median of the passes), of_each_pass, p50_ms, p99_ms
+           (from asking for a connection to giving it back), wait_share (of that), processor_share (of one core)
+  one_shots    the same with connections for size, and no wait_share; null if not measured
+  free_connections, processes    how many connections the server has free, and how many such pools fit
+  server_version, query, committed, tasks, seconds_per_size
+"""
+
+DONE, FAILED, COULD_NOT_RUN = 0, 1, 2
+
+DEFAULT_MAX_SIZE = 32
+DEFAULT_TASKS = 64
+DEFAULT_MAX_SECONDS = 180.0
+
+CONNECT_TIMEOUT = 10
+# Without --seconds a statement that is tried out is given this long.
+PATIENCE = 20.0
+
+
+class Refused(Exception):
+    """What was asked for is not to be done on this server; the message says what may be."""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `tune` and its options."""
+    parser = commands.add_parser(
+        "tune",
+        help="find out how large the pool should be for a statement of yours",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "url", nargs="?", metavar="URL", help="the server, as a URL or key=value (default: DATABASE_URL)"
+    )
+    parser.add_argument(
+        "--query",
+        required=True,
+        type=query_argument,
+        metavar="SQL",
+        help="the statement, with %%s or %%(name)s where its values are. It gets the same values each time: an UPDATE"
+        " of one row waits for that row's lock",
+    )
+    parser.add_argument(
+        "--params",
+        type=params_argument,
+        metavar="JSON",
+        help="its values: a JSON list for %%s, an object for %%(name)s",
+    )
+    parser.add_argument("--commit", action="store_true", help="commit each transaction; what it writes stays")
+    parser.add_argument(
+        "--tasks",
+        type=_positive,
+        metavar="N",
+        help=f"how many tasks ask at the same time (default: {DEFAULT_TASKS}, or twice --max-size)",
+    )
+    parser.add_argument(
+        "--max-size",
+        type=_positive,
+        metavar="N",
+        help=f"the largest size to measure (default: {DEFAULT_MAX_SIZE}, or half of the connections that are free)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        metavar="S",
+        help=f"how long each size is measured (default: {DEFAULT_SECONDS:g}; more for a slow statement)",
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=_seconds,
+        default=DEFAULT_MAX_SECONDS,
+        metavar="S",
+        help=f"how long all of it may take (default: {DEFAULT_MAX_SECONDS:g})",
+    )
+    parser.add_argument("--force", action="store_true", help="take more than half of the connections that are free")
+    parser.add_argument(
+        "--plot", type=_picture, metavar="FILE", help="draw the rate and p99 over the size into a .svg or .png"
+    )
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    with suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0.05 <= (number := float(text)) <= 86400:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.05 to 86400")
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a .svg nor a .png")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a file in a directory that can be")
+    return path
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Measure, and print the answer. Returns the exit status."""
+    url = options.url or os.environ.get("DATABASE_URL")
+    if not url:
+        parser.error("no server is named: give its URL, or set DATABASE_URL")
+    if options.tasks and options.max_size and options.tasks < options.max_size:
+        parser.error(
+            f"--tasks {options.tasks} cannot use --max-size {options.max_size} connections: give at least as many tasks"
+        )
+    if options.plot:
+        check_can_draw()
+    secrets = Redactor(url, {})
+    with interruptible() as interruption:
+        try:
+            parse(url, {})
+            return _Tuning(url, options).run()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return interruption.exit_status
+        except StatementFailed as failure:
+            print(f"asyncpool tune: {secrets.redact(str(failure))}", file=sys.stderr)
+            return FAILED
+        except (Refused, psycopg.Error, OSError) as error:
+            print(f"asyncpool tune: {secrets.redact(str(error)).strip()}", file=sys.stderr)
+            return COULD_NOT_RUN
+
+
+@dataclass(frozen=True, slots=True)
+class _Preparation:
+    """What is known before anything is measured."""
+
+    server_version: str
+    capacity: Capacity
+    trial: Trial
+    plan: Plan
+
+
+class _Tuning:
+    """One run of the command."""
+
+    def __init__(self, url: str, options: argparse.Namespace) -> None:
+        self._url = url
+        self._options = options
+        self._statement = Statement(options.query, options.params, options.commit)
+        self._prepared: _Preparation | None = None
+        self._sweep: Sweep | None = None
+
+    def run(self) -> int:
+        """Returns the exit status. What was measured is shown also after Ctrl-C, which is raised all the same."""
+        interrupted: KeyboardInterrupt | None = None
+        try:
+            with tune_report.progress() as progress, _errors_only():
+                run_interruptibly(lambda: self._measure(progress))
+        except KeyboardInterrupt as interruption:
+            interrupted = interruption
+        report = self._report()
+        if report and (report.readings or not interrupted):
+            self._show(report)
+        if interrupted:
+            raise interrupted
+        return DONE if report and report.recommendation.conclusive else FAILED
+
+    async def _measure(self, progress: Progress) -> None:
+        prepared = self._prepared = await self._prepare()
+        self._announce(prepared)
+        self._sweep = Sweep(self._url, self._statement, prepared.plan, progress)
+        await self._sweep.run()
+
+    async def _prepare(self) -> _Preparation:
+        """Look at the server and the statement, by a session that ends before the others begin."""
+        options = self._options
+        async with await psycopg.AsyncConnection.connect(
+            self._url,
+            autocommit=True,
+            connect_timeout=CONNECT_TIMEOUT,
+            fallback_application_name="asyncpool tune",
+        ) as conn:
+            capacity = await read_capacity(conn)
+            largest = _largest(options, capacity)
+            trial = await try_out(conn, self._statement, options.seconds or PATIENCE)
+            version = str(conn.info.parameter_status("server_version"))
+        planned = plan(
+            largest=largest,
+            tasks=options.tasks or max(DEFAULT_TASKS, 2 * largest),
+            seconds=seconds_for(options.seconds, trial),
+            most_seconds=options.max_seconds,
+            trial=trial,
+            one_shots=options.commit or trial.only_reads,
+        )
+        return _Preparation(version, capacity, trial, planned)
+
+    def _announce(self, prepared: _Preparation) -> None:
+        planned = prepared.plan
+        how = "committed" if self._options.commit else "rolled back"
+        text = (
+            f"PostgreSQL {prepared.server_version}: {planned.tasks} tasks, a pool of 1 to {planned.sizes[-1]},"
+            f" transactions are {how}; {planned.at_most:.0f} s at most"
+        )
+        console(stderr=True).print(text, markup=False, soft_wrap=True)
+
+    def _report(self) -> tune_report.Report | None:
+        prepared, sweep = self._prepared, self._sweep
+        if prepared is None or sweep is None:
+            return None
+        return tune_report.Report(
+            server_version=prepared.server_version,
+            statement=self._statement,
+            plan=prepared.plan,
+            readings=sweep.readings,
+            one_shots=sweep.one_shots,
+            without_one_shots=None
+            if prepared.plan.one_shots
+            else "they commit by themselves, and the statement writes; --commit allows it",
+            ending=sweep.ending,
+            recommendation=recommend(sweep.readings, sweep.ending),
+            free=prepared.capacity.free,
+            limit=prepared.capacity.limit,
+        )
+
+    def _show(self, report: tune_report.Report) -> None:
+        if self._options.json:
+            print(tune_report.as_json(report))
+        else:
+            tune_report.show(report)
+        if self._options.plot and report.readings:
+            draw(report, self._options.plot)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Without the pool's advice to commit what is meant to be rolled back."""
+    logger = logging.getLogger("asyncpool")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _largest(options: argparse.Namespace, capacity: Capacity) -> int:
+    """The largest size to measure. Raises Refused if that would take too much of what the server has free."""
+    allowed = capacity.free if options.force else capacity.free // 2
+    wanted: int = options.max_size or min(DEFAULT_MAX_SIZE, options.tasks or DEFAULT_MAX_SIZE)
+    if allowed < 1 or (options.max_size and wanted > allowed):
+        all_or_half = "that is all there are" if options.force else "more than half of them are taken with --force only"
+        raise Refused(
+            f"--max-size {wanted} is too many: {capacity.free} connections are free ({capacity.limit}), and"
+            f" {all_or_half}; at most {allowed}"
+        )
+    return min(wanted, allowed)

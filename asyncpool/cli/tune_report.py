@@ -1,0 +1,291 @@
+"""What `asyncpool tune` shows: progress, the table with its bars, the recommendation, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from asyncpool.cli.extras import console
+from asyncpool.cli.knee import TOLERANCE, Ending, milliseconds, noise, rate_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from asyncpool.cli.knee import Reading, Recommendation
+    from asyncpool.cli.statement import Statement
+    from asyncpool.cli.sweep import Plan, Progress
+
+# The table gives way on a narrow terminal: first the bars, then what is least needed.
+NARROWEST_BARS = 8
+WIDEST_BARS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that is known in the end. `free`: connections that the server had for us, and `limit` why no more."""
+
+    server_version: str
+    statement: Statement
+    plan: Plan
+    readings: Sequence[Reading]
+    one_shots: Reading | None
+    without_one_shots: str | None
+    ending: Ending
+    recommendation: Recommendation
+    free: int
+    limit: str
+
+    @property
+    def processes(self) -> int | None:
+        """How many processes with such a pool the server has room for."""
+        size = self.recommendation.max_size
+        return self.free // size if size else None
+
+
+# --- while it runs ------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """A line for each size, for a pipe or a log."""
+
+    def __init__(self, err: Console) -> None:
+        self._console = err
+
+    def begin_pass(self, title: str, done: float) -> None:
+        """Lines tell what is done, not what begins."""
+
+    def reading(self, title: str, reading: Reading) -> None:
+        self._console.print(_first_figures(title, reading), markup=False, soft_wrap=True)
+
+
+class Bars:
+    """One bar, and the size that is being measured beside it."""
+
+    def __init__(self, bar: Bar, task: TaskID) -> None:
+        self._bar = bar
+        self._task = task
+
+    def begin_pass(self, title: str, done: float) -> None:
+        self._bar.update(self._task, completed=done, description=title)
+
+    def reading(self, title: str, reading: Reading) -> None:
+        self._bar.console.print(_first_figures(title, reading), markup=False)
+
+
+def _first_figures(title: str, reading: Reading) -> str:
+    return f"{title}: {rate_of(reading)}, p99 {milliseconds(reading.p99)} ms"
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar on standard error if that is a terminal; lines if not. Raises MissingExtra."""
+    err = console(stderr=True)
+    if not err.is_terminal:
+        yield Lines(err)
+        return
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    with Bar(*columns, console=err, transient=True) as bar:
+        yield Bars(bar, bar.add_task("measuring", total=1.0))
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def show(report: Report) -> None:
+    """Print everything on standard output."""
+    out = console()
+    if report.readings:
+        out.print()
+        _print_table(out, report)
+    out.print()
+    _print(out, headline(report.recommendation), style="bold")
+    for note in notes(report):
+        _print(out, note)
+
+
+def _print(out: Console, text: str, style: str | None = None) -> None:
+    # In a pipe a sentence stays on its line: what reads it there finds it by that.
+    out.print(_printable(text, out), style=style, markup=False, soft_wrap=not out.is_terminal)
+
+
+def _printable(text: str, out: Console) -> str:
+    encoding = out.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def _print_table(out: Console, report: Report) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    headings = ["size", "statements/s", "p50 ms", "p99 ms", "waiting"]
+    rows = [_cells(reading) for reading in report.readings]
+    if report.one_shots:
+        rows.append(["one-shots", *_cells(report.one_shots)[1:]])
+    headings, rows = _narrowed(headings, rows, out.width)
+    taken = sum(max(len(row[column]) for row in [headings, *rows]) + 2 for column in range(len(headings)))
+    room = min(WIDEST_BARS, out.width - taken - 2)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    if room >= NARROWEST_BARS:
+        table.add_column("", no_wrap=True)
+    readings = [*report.readings, *([report.one_shots] if report.one_shots else [])]
+    best = max(reading.rate for reading in readings)
+    for reading, row in zip(readings, rows, strict=True):
+        is_one_shots = reading is report.one_shots
+        marked = not is_one_shots and reading.size == report.recommendation.max_size
+        style = "bold green" if marked else "cyan" if is_one_shots else ""
+        bar = [Text(_bar(reading.rate / best if best else 0.0, room, out))] if room >= NARROWEST_BARS else []
+        table.add_row(*(Text(cell) for cell in row), *bar, style=style)
+    out.print(table)
+
+
+def _cells(reading: Reading) -> list[str]:
+    return [
+        str(reading.size),
+        rate_of(reading).removesuffix("/s"),
+        milliseconds(reading.p50),
+        milliseconds(reading.p99),
+        "" if reading.wait_share is None else f"{reading.wait_share:.0%}".replace("%", " %"),
+    ]
+
+
+def _narrowed(headings: list[str], rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
+    """Without columns at the end for which there is no room; the first two stay."""
+    while len(headings) > 2:
+        widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
+        if sum(widths) + 2 * (len(widths) - 1) <= width:
+            break
+        headings, rows = headings[:-1], [row[:-1] for row in rows]
+    return headings, rows
+
+
+def _bar(share: float, room: int, out: Console) -> str:
+    unicode = (out.encoding or "").lower().startswith("utf")
+    return ("█" if unicode else "#") * max(1, round(share * room))
+
+
+# --- the words ----------------------------------------------------------------------------------------------
+
+
+def headline(recommendation: Recommendation) -> str:
+    """The answer, with its reason."""
+    if recommendation.max_size is None:
+        return f"No recommendation. {recommendation.reason}"
+    if not recommendation.conclusive:
+        return f"No recommendation yet. {recommendation.reason}"
+    return f"max_size={recommendation.max_size}: {recommendation.reason}"
+
+
+def notes(report: Report) -> list[str]:
+    """What one must know besides."""
+    found = [*_what_to_do(report)]
+    recommendation = report.recommendation
+    if recommendation.client_limited:
+        found.append(
+            "The client is what limits here, not the pool: this process took"
+            f" {_share(_knee(report).processor_share)} of a processor core. More processes may carry more; a larger"
+            " pool in one does not."
+        )
+    if recommendation.conclusive and (processes := report.processes) is not None:
+        found.append(
+            f"All services share the server: max_size × processes must stay within the {report.free} connections that"
+            f" are free ({report.limit}), which is room for {processes} {'process' if processes == 1 else 'processes'}"
+            " with such a pool."
+        )
+    found += _about_one_shots(report)
+    if (spread := noise(report.readings)) > TOLERANCE:
+        found.append(
+            f"Passes of the same size were ± {spread:.0%}".replace("%", " %")
+            + " apart, so that sizes next to each other may be as good: --seconds gives each more time."
+        )
+    return found
+
+
+def _knee(report: Report) -> Reading:
+    return next(reading for reading in report.readings if reading.size == report.recommendation.max_size)
+
+
+def _share(share: float) -> str:
+    return f"{min(share, 1):.0%}".replace("%", " %")
+
+
+def _what_to_do(report: Report) -> Iterator[str]:
+    if report.recommendation.conclusive:
+        return
+    if report.ending is Ending.LARGEST_SIZE:
+        yield (
+            f"Give a larger --max-size, and --tasks to use it; {report.free} connections are free ({report.limit}),"
+            " of which half are taken at most, all with --force."
+        )
+    elif report.ending is Ending.TIME_IS_UP:
+        yield f"The time was up after {report.plan.at_most:.0f} s: give a larger --max-seconds, or less --seconds."
+    elif report.ending is Ending.FLAT:
+        yield "Give each size more time with --seconds."
+
+
+def _about_one_shots(report: Report) -> Iterator[str]:
+    if report.without_one_shots is not None:
+        yield f"One-shots were not measured: {report.without_one_shots}."
+    if not report.one_shots or not report.recommendation.conclusive:
+        return
+    knee, one_shots = _knee(report), report.one_shots
+    times = one_shots.rate / knee.rate
+    connections = "1 connection" if one_shots.size == 1 else f"{one_shots.size} connections"
+    if times > 1 + TOLERANCE:
+        yield (
+            f"One-shots carried {rate_of(one_shots)} on {connections}, {times:.1f} times as many: where the statement"
+            " stands alone, use pool.fetch() or pool.execute()."
+        )
+    else:
+        yield f"One-shots carried {rate_of(one_shots)} on {connections}, {times:.2f} times as many."
+
+
+# --- for programs -------------------------------------------------------------------------------------------
+
+
+def as_json(report: Report) -> str:
+    """Everything; the help of the command tells the keys. Times are in the units that their names say."""
+    recommendation = report.recommendation
+    return json.dumps(
+        {
+            "max_size": recommendation.max_size,
+            "conclusive": recommendation.conclusive,
+            "reason": recommendation.reason,
+            "notes": notes(report),
+            "client_limited": recommendation.client_limited,
+            "ended": report.ending.value,
+            "sizes": [_reading_as_json("size", reading) for reading in report.readings],
+            "one_shots": _reading_as_json("connections", report.one_shots) if report.one_shots else None,
+            "free_connections": report.free,
+            "processes": report.processes,
+            "server_version": report.server_version,
+            "query": report.statement.query,
+            "committed": report.statement.commit,
+            "tasks": report.plan.tasks,
+            "seconds_per_size": round(report.plan.seconds, 3),
+        },
+        indent=2,
+    )
+
+
+def _reading_as_json(size: str, reading: Reading) -> dict[str, Any]:
+    return {
+        size: reading.size,
+        "statements": reading.statements,
+        "statements_per_second": round(reading.rate, 2),
+        "of_each_pass": [round(rate, 2) for rate in reading.rates],
+        "p50_ms": round(1000 * reading.p50, 3),
+        "p99_ms": round(1000 * reading.p99, 3),
+        "wait_share": None if reading.wait_share is None else round(reading.wait_share, 3),
+        "processor_share": round(reading.processor_share, 3),
+    }
