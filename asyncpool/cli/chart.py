@@ -6,17 +6,19 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from asyncpool.cli.extras import MissingExtra
-from asyncpool.cli.knee import milliseconds, rate_of
+from asyncpool.cli.knee import count_of, milliseconds, rate_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
 
+    from asyncpool.cli.knee import Reading
     from asyncpool.cli.tune_report import Report
 
 # Told apart by those who see no red or green, too.
 BLUE, ORANGE, GREEN, GREY, INK = "#1f6fb4", "#d95f02", "#1b8a5a", "#9aa0a6", "#2b2f33"
+MUTED = "#5f6368"
 
 # matplotlib's names, which its types spell out one by one.
 STYLE: Any = {
@@ -42,6 +44,7 @@ QUERY_LENGTH = 88
 
 # One-shots beyond this many times the best rate of a lease would press that curve flat.
 HIGHEST_IN_VIEW = 2.5
+DASHES = (0, (5, 3))
 
 
 def check_can_draw() -> None:
@@ -64,10 +67,25 @@ def draw(report: Report, path: Path) -> None:
         _draw_rates(rates, report)
         _draw_latencies(latencies, report)
         _draw_sizes(latencies, report)
-        figure.suptitle(_title(report), x=0.01, ha="left", fontsize=15, fontweight="bold")
-        rates.set_title(_subtitle(report), loc="left", fontsize=9.5, color="#5f6368", pad=10, parse_math=False)
+        if knee := _knee(report):
+            for axes in (rates, latencies):
+                axes.axvline(knee.size, color=ORANGE, linewidth=1.4, linestyle=":", zorder=1)
+        _draw_heading(rates, report)
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
         figure.savefig(path, metadata=metadata)
+
+
+def _draw_heading(axes: Axes, report: Report) -> None:
+    axes.set_title(_subtitle(report), loc="left", fontsize=9.5, color=MUTED, pad=10, parse_math=False)
+    axes.annotate(
+        _title(report),
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 44),
+        textcoords="offset points",
+        fontsize=15,
+        fontweight="bold",
+    )
 
 
 def _title(report: Report) -> str:
@@ -96,7 +114,7 @@ def _draw_rates(axes: Axes, report: Report) -> None:
         alpha=0.15,
         linewidth=0,
     )
-    axes.plot(sizes, rates, color=BLUE, marker="o", markersize=6, linewidth=2.2, label="a lease for each")
+    axes.plot(sizes, rates, color=BLUE, marker="o", markersize=6, linewidth=2.2)
     axes.set_ylabel("statements per second")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:g}")
     top = max([max(reading.rates) for reading in report.readings])
@@ -110,52 +128,48 @@ def _draw_one_shots(axes: Axes, report: Report, top: float) -> float:
     """A line across, as they have no size of their own. Returns how high the picture has to be."""
     assert report.one_shots
     rate = report.one_shots.rate
-    connections = f"{report.one_shots.size} connection" + ("" if report.one_shots.size == 1 else "s")
-    label = f"one-shots, {connections}: {rate_of(report.one_shots)}"
-    if rate <= top * HIGHEST_IN_VIEW:
-        axes.axhline(rate, color=GREEN, linewidth=2, linestyle=(0, (5, 3)))
-        place, above = rate, True
-        axes.annotate(
-            label,
-            (1, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 5 if above else -5),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            color=GREEN,
-            fontweight="bold",
-        )
-        return max(top, rate)
+    label = f"one-shots on {count_of(report.one_shots.size, 'connection')}: {rate_of(report.one_shots)}"
+    in_view = rate <= top * HIGHEST_IN_VIEW
+    if in_view:
+        axes.axhline(rate, color=GREEN, linewidth=2, linestyle=DASHES)
     axes.annotate(
-        f"{label}  ↑",
-        (1, 1),
-        xycoords="axes fraction",
-        xytext=(-4, -4),
+        label if in_view else f"{label} \N{UPWARDS ARROW}",
+        (0, rate if in_view else 1),
+        xycoords=("axes fraction", "data" if in_view else "axes fraction"),
+        xytext=(6, 5 if in_view else -4),
         textcoords="offset points",
-        ha="right",
-        va="top",
+        va="bottom" if in_view else "top",
         color=GREEN,
         fontweight="bold",
     )
-    return top * 1.1
+    return max(top, rate) if in_view else top * 1.15
 
 
 def _mark_knee(axes: Axes, report: Report) -> None:
-    knee = next((r for r in report.readings if r.size == report.recommendation.max_size), None)
-    if knee is None or not report.recommendation.conclusive:
+    knee = _knee(report)
+    if knee is None:
         return
     axes.plot([knee.size], [knee.rate], "o", markersize=14, markerfacecolor="none", markeredgecolor=ORANGE, mew=2.4)
     # Below the curve there is always room: it rises to the knee, and stays up there behind it.
+    sizes = [reading.size for reading in report.readings]
+    is_on_the_left = knee.size**2 < sizes[0] * sizes[-1]
     axes.annotate(
         f"the knee: {knee.size}\n{rate_of(knee)}, p99 {milliseconds(knee.p99)} ms",
-        (knee.size, knee.rate),
-        xytext=(22, -62),
+        (knee.size, 0),
+        xytext=(8 if is_on_the_left else -8, 10),
         textcoords="offset points",
+        ha="left" if is_on_the_left else "right",
+        va="bottom",
         color=ORANGE,
         fontweight="bold",
-        arrowprops={"arrowstyle": "-", "color": ORANGE, "linewidth": 1.4, "shrinkB": 8},
+        linespacing=1.4,
     )
+
+
+def _knee(report: Report) -> Reading | None:
+    if not report.recommendation.conclusive:
+        return None
+    return next(reading for reading in report.readings if reading.size == report.recommendation.max_size)
 
 
 def _draw_latencies(axes: Axes, report: Report) -> None:
@@ -164,26 +178,43 @@ def _draw_latencies(axes: Axes, report: Report) -> None:
         ("p99", INK, [1000 * reading.p99 for reading in report.readings]),
         ("p50", GREY, [1000 * reading.p50 for reading in report.readings]),
     ):
-        axes.plot(sizes, values, color=color, marker="o", markersize=4.5, linewidth=1.8, label=name)
+        axes.plot(sizes, values, color=color, marker="o", markersize=5, linewidth=1.8)
+        _name_at_the_end(axes, name, values[-1], color)
+    if report.one_shots:
+        p99 = 1000 * report.one_shots.p99
+        axes.axhline(p99, color=GREEN, linewidth=1.4, linestyle=DASHES)
         axes.annotate(
-            name,
-            (sizes[-1], values[-1]),
-            xytext=(8, 0),
+            "one-shots, p99",
+            (0, p99),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, -4),
             textcoords="offset points",
-            va="center",
-            color=color,
-            fontweight="bold",
-            annotation_clip=False,
+            va="top",
+            color=GREEN,
+            fontsize=9.5,
         )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else "")
-    axes.set_ylabel("milliseconds, waiting included")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_ylabel("latency, ms")
+
+
+def _name_at_the_end(axes: Axes, name: str, value: float, color: str) -> None:
+    axes.annotate(
+        name,
+        (1, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=color,
+        fontweight="bold",
+        annotation_clip=False,
+    )
 
 
 def _draw_sizes(axes: Axes, report: Report) -> None:
     sizes = [reading.size for reading in report.readings]
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.minorticks_off() if len(sizes) > 1 else None
-    axes.set_xlabel("size of the pool")
+    axes.minorticks_off()
+    axes.set_xlabel("size of the pool, connections")

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 # Rates that differ by less are as good as equal: no machine repeats itself better than that.
 TOLERANCE = 0.05
 
+# Where passes of one size are ± 1 apart, the medians of two sizes differ by this much by chance: four passes have a
+# range of 2.06 standard deviations, their median an error of 0.55 of one, and a difference has two such errors.
+ERROR_OF_A_DIFFERENCE = 0.75
+
+# Beyond this a machine is too restless to tell one size from another.
+MOST_TOLERANCE = 0.25
+
+# A 99th percentile is a rarer thing than a rate; it is worse if it is by this share.
+WORSE = 0.2
+
 # So many sizes in a row that do not raise the rate end a sweep: one alone may have had bad luck.
 FLAT_SIZES = 2
 
@@ -90,12 +100,22 @@ def is_flat(readings: Sequence[Reading]) -> bool:
     return flat >= FLAT_SIZES
 
 
+def noise(readings: Sequence[Reading]) -> float:
+    """How far the passes of one size are apart, typically, as a share of its rate."""
+    return median(reading.spread for reading in readings) if readings else 0.0
+
+
+def tolerance(readings: Sequence[Reading]) -> float:
+    """By what share rates must differ to be told apart: 5 %, or more where passes of the same size differ."""
+    return max(TOLERANCE, ERROR_OF_A_DIFFERENCE * noise(readings))
+
+
 def find_knee(readings: Sequence[Reading]) -> Reading:
     """The smallest size whose rate is within the tolerance of the best: what is larger costs the server sessions, and
     its callers time, without carrying more.
     """
-    best = max(reading.rate for reading in readings)
-    return min((r for r in readings if r.rate >= best * (1 - TOLERANCE)), key=lambda reading: reading.size)
+    enough = max(reading.rate for reading in readings) * (1 - tolerance(readings))
+    return min((reading for reading in readings if reading.rate >= enough), key=lambda reading: reading.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,26 +146,26 @@ def recommend(readings: Sequence[Reading], ending: Ending) -> Recommendation:
     if not larger:
         reason = f"The rate was still rising at the largest size that was measured, {rate_of(knee)} with {knee.size}."
         return Recommendation(knee.size, False, reason, client_limited)
+    if tolerance(readings) > MOST_TOLERANCE:
+        reason = f"Passes of the same size were {plus_minus(noise(readings))} apart: too far to tell sizes apart."
+        return Recommendation(knee.size, False, reason, client_limited)
     return Recommendation(knee.size, True, _reason(knee, larger), client_limited)
 
 
 def _reason(knee: Reading, larger: Sequence[Reading]) -> str:
     best = max(larger, key=lambda reading: reading.rate)
     gain = best.rate / knee.rate - 1
-    carried = f"{knee.size} {'carries' if knee.size == 1 else 'carry'} {rate_of(knee)}"
+    carried = f"{count_of(knee.size, 'connection')} {'carries' if knee.size == 1 else 'carry'} {rate_of(knee)}"
     if gain > 0.005:
-        text = f"{carried}, and {best.size} only {gain:.0%} more".replace("%", " %")
+        text = f"{carried}, and {best.size} only {percent(gain)} more"
+        if gain > TOLERANCE / (1 - TOLERANCE):
+            text += ", which is within what passes of the same size differ by"
     else:
-        text = f"{carried}, and more connections do not carry more"
+        text = f"{carried}, and more do not carry more"
     worst = max(larger, key=lambda reading: reading.p99)
-    if worst.p99 > knee.p99 * (1 + TOLERANCE):
+    if worst.p99 > knee.p99 * (1 + WORSE):
         text += f", while p99 rises from {milliseconds(knee.p99)} to {milliseconds(worst.p99)} ms with {worst.size}"
     return text + "."
-
-
-def noise(readings: Sequence[Reading]) -> float:
-    """How far the passes of one size are apart, typically, as a share of its rate."""
-    return median(reading.spread for reading in readings) if readings else 0.0
 
 
 def rate_of(reading: Reading) -> str:
@@ -157,6 +177,16 @@ def milliseconds(seconds: float) -> str:
     """A duration, with as many digits as it deserves."""
     value = 1000 * seconds
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def percent(share: float) -> str:
+    """`12 %`."""
+    return f"{100 * share:.0f} %"
+
+
+def plus_minus(share: float) -> str:
+    """`± 12 %`."""
+    return f"± {percent(share)}"
 
 
 def count_of(number: int, noun: str) -> str:

@@ -33,7 +33,7 @@ DESCRIPTION = """\
 How large should the pool be? Many tasks do one statement again and again, each in a transaction on a connection that
 it takes from the pool and gives back, with no pause: with a pool of 1, then 2, 3, 4, 6, 8, 12, ... connections, until
 two sizes in a row do not raise the rate by more than 5 %. Recommended is the smallest size whose rate is within 5 % of
-the best. The transactions are rolled back, unless --commit is given.
+the best (or more, where passes of the same size differ by more). The transactions are rolled back, unless --commit is given.
 
 One-shot statements (pool.fetch) are measured beside them, in a pool of that size. They commit by themselves, so that
 this is done only with --commit, or when the statement only reads: when the server lets it run in a READ ONLY
@@ -44,7 +44,7 @@ EPILOG = """\
 exit status:
   0   a size is recommended
   1   the statement fails, or the measurement is not conclusive: the rate was still rising at the largest size,
-      the time was up, or too few statements ended to tell a rate from
+      the time was up, too few statements ended to tell a rate from, or passes of the same size differed too much
   2   it could not run: wrong arguments, no connection, or too few that are free
   130 interrupted by Ctrl-C (143 by SIGTERM); what was measured until then is shown
 

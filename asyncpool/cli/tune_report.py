@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from asyncpool.cli.extras import console
-from asyncpool.cli.knee import TOLERANCE, Ending, milliseconds, noise, rate_of
+from asyncpool.cli.knee import TOLERANCE, Ending, count_of, milliseconds, noise, percent, plus_minus, rate_of, tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -155,7 +155,7 @@ def _cells(reading: Reading) -> list[str]:
         rate_of(reading).removesuffix("/s"),
         milliseconds(reading.p50),
         milliseconds(reading.p99),
-        "" if reading.wait_share is None else f"{reading.wait_share:.0%}".replace("%", " %"),
+        "" if reading.wait_share is None else percent(reading.wait_share),
     ]
 
 
@@ -193,7 +193,7 @@ def notes(report: Report) -> list[str]:
     if recommendation.client_limited:
         found.append(
             "The client is what limits here, not the pool: this process took"
-            f" {_share(_knee(report).processor_share)} of a processor core. More processes may carry more; a larger"
+            f" {percent(min(1.0, _knee(report).processor_share))} of a processor core. More processes may carry more; a larger"
             " pool in one does not."
         )
     if recommendation.conclusive and (processes := report.processes) is not None:
@@ -203,20 +203,16 @@ def notes(report: Report) -> list[str]:
             " with such a pool."
         )
     found += _about_one_shots(report)
-    if (spread := noise(report.readings)) > TOLERANCE:
+    if recommendation.conclusive and (spread := noise(report.readings)) > TOLERANCE:
         found.append(
-            f"Passes of the same size were ± {spread:.0%}".replace("%", " %")
-            + " apart, so that sizes next to each other may be as good: --seconds gives each more time."
+            f"Passes of the same size were {plus_minus(spread)} apart, so that rates are told apart only if they differ by"
+            f" {percent(tolerance(report.readings))}: more --seconds make that finer."
         )
     return found
 
 
 def _knee(report: Report) -> Reading:
     return next(reading for reading in report.readings if reading.size == report.recommendation.max_size)
-
-
-def _share(share: float) -> str:
-    return f"{min(share, 1):.0%}".replace("%", " %")
 
 
 def _what_to_do(report: Report) -> Iterator[str]:
@@ -240,7 +236,7 @@ def _about_one_shots(report: Report) -> Iterator[str]:
         return
     knee, one_shots = _knee(report), report.one_shots
     times = one_shots.rate / knee.rate
-    connections = "1 connection" if one_shots.size == 1 else f"{one_shots.size} connections"
+    connections = count_of(one_shots.size, "connection")
     if times > 1 + TOLERANCE:
         yield (
             f"One-shots carried {rate_of(one_shots)} on {connections}, {times:.1f} times as many: where the statement"
