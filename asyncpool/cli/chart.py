@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncpool.cli.extras import MissingExtra
 from asyncpool.cli.knee import count_of, milliseconds, rate_of
+from asyncpool.cli.tune_report import HIGHEST_IN_VIEW
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,8 +43,6 @@ DOTS_PER_INCH = 150
 INCHES = (8.0, 6.4)
 QUERY_LENGTH = 88
 
-# One-shots beyond this many times the best rate of a lease would press that curve flat.
-HIGHEST_IN_VIEW = 2.5
 DASHES = (0, (5, 3))
 
 

@@ -48,7 +48,8 @@ class Ending(StrEnum):
 class Reading:
     """What one size carried. `rates`: statements per second in each pass; `p50` and `p99`: seconds from asking for a
     connection to giving it back; `wait_share`: how much of that was waiting for one, unknown of one-shots;
-    `processor_share`: how much of one processor core the client took.
+    `processor_share`: how much of one processor core the client took; `processor_wait_share`: for what share of the
+    time it could have worked and had none; 0 where the system does not tell.
     """
 
     size: int
@@ -58,6 +59,7 @@ class Reading:
     p99: float
     wait_share: float | None
     processor_share: float
+    processor_wait_share: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -135,7 +137,7 @@ def recommend(readings: Sequence[Reading], ending: Ending) -> Recommendation:
     if not any(reading.statements for reading in readings):
         return Recommendation(None, False, "No statement ended while it was measured.")
     knee = find_knee(readings)
-    client_limited = knee.processor_share >= SATURATED
+    client_limited = knee.processor_share + knee.processor_wait_share >= SATURATED
     if (thin := min(readings, key=lambda reading: reading.statements)).statements < FEWEST_STATEMENTS:
         reason = f"{count_of(thin.statements, 'statement')} at size {thin.size} are too few to tell a rate from."
         return Recommendation(knee.size, False, reason, client_limited)

@@ -6,12 +6,17 @@ import asyncio
 import time
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psycopg.generators import execute
 
 from asyncpool.cli.knee import Reading
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+
+    from psycopg import AsyncConnection
 
     from asyncpool import Pool
     from asyncpool.cli.statement import Statement
@@ -28,6 +33,7 @@ class Pass:
 
     seconds: float = 0.0
     processor_seconds: float = 0.0
+    processor_waited: float = 0.0
     waited: float = 0.0
     latencies: array[float] = field(default_factory=lambda: array("d"))
     connections: int = 0
@@ -70,12 +76,20 @@ def on_a_lease(pool: Pool, statement: Statement) -> Once:
                 await cursor.fetchall()
             if commit:
                 await conn.commit()
+            else:
+                await _roll_back(conn)
         finally:
-            # It rolls back what is open, before anyone else gets the connection. psycopg's own rollback() would drop
-            # what is prepared as well, and each statement be planned anew.
             pool.release(conn)
 
     return once
+
+
+async def _roll_back(conn: AsyncConnection[Any]) -> None:
+    """As the pool does it, and not psycopg's rollback(): that drops what is prepared, and each statement would be
+    planned anew, as none is where transactions are committed.
+    """
+    conn.pgconn.send_query(b"ROLLBACK")
+    await conn.wait(execute(conn.pgconn))
 
 
 def as_one_shot(pool: Pool, statement: Statement) -> Once:
@@ -106,15 +120,24 @@ async def measure(once: Once, tasks: int, warm_up: float, seconds: float) -> Pas
     try:
         await _let_run(running, warm_up)
         counting = True
-        begun, processor_begun = time.perf_counter(), time.process_time()
+        begun, worked, waited = time.perf_counter(), time.process_time(), _waited_for_a_processor()
         await _let_run(running, seconds)
         counting = False
         measured.seconds = time.perf_counter() - begun
-        measured.processor_seconds = time.process_time() - processor_begun
+        measured.processor_seconds = time.process_time() - worked
+        measured.processor_waited = _waited_for_a_processor() - waited
         await _let_end(running)
     finally:
         await _cancel(running)
     return measured
+
+
+def _waited_for_a_processor() -> float:
+    """How many seconds this thread could have run and was not let, so far; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 async def _let_run(running: dict[asyncio.Task[None], Worker], seconds: float) -> None:
@@ -144,6 +167,7 @@ def reading_of(size: int, passes: Sequence[Pass], *, waiting_is_known: bool) -> 
     """All passes of one size together."""
     latencies = sorted(latency for one in passes for latency in one.latencies)
     total = sum(latencies)
+    seconds = sum(one.seconds for one in passes)
     return Reading(
         size=size,
         statements=len(latencies),
@@ -151,7 +175,8 @@ def reading_of(size: int, passes: Sequence[Pass], *, waiting_is_known: bool) -> 
         p50=_quantile(latencies, 0.5),
         p99=_quantile(latencies, 0.99),
         wait_share=sum(one.waited for one in passes) / total if waiting_is_known and total else None,
-        processor_share=sum(one.processor_seconds for one in passes) / sum(one.seconds for one in passes),
+        processor_share=sum(one.processor_seconds for one in passes) / seconds,
+        processor_wait_share=sum(one.processor_waited for one in passes) / seconds,
     )
 
 

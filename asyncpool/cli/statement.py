@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg.pq import ExecStatus
 from psycopg.types.json import Jsonb
 
 from asyncpool._io.one_shot_rules import needs_session
@@ -89,14 +90,15 @@ async def try_out(conn: psycopg.AsyncConnection[Any], statement: Statement, pati
     it is going to be run. Raises StatementFailed if it fails, or does not end within `patience` seconds.
     """
     try:
-        async with asyncio.timeout(patience):
-            only_reads = await _only_reads(conn, statement)
-            # What is committed may stand in its own way the second time.
-            durations = [await _run(conn, statement, commit=statement.commit) for _ in range(2)]
+        only_reads = await _only_reads(conn, statement, patience)
+        # What is committed may stand in its own way the second time.
+        durations = [await _run(conn, statement, patience, commit=statement.commit) for _ in range(2)]
     except TimeoutError:
         raise StatementFailed(
             f"the statement did not end within {patience:g} s: give more with --seconds, or a quicker statement"
         ) from None
+    except TypeError as error:  # psycopg's, of parameters
+        raise StatementFailed(explain(psycopg.ProgrammingError(str(error)), statement)) from error
     except psycopg.Error as error:
         if conn.broken:
             raise
@@ -104,23 +106,26 @@ async def try_out(conn: psycopg.AsyncConnection[Any], statement: Statement, pati
     return Trial(min(durations), only_reads)
 
 
-async def _only_reads(conn: psycopg.AsyncConnection[Any], statement: Statement) -> bool:
+async def _only_reads(conn: psycopg.AsyncConnection[Any], statement: Statement, patience: float) -> bool:
     try:
-        await _run(conn, statement, commit=False, read_only=True)
+        await _run(conn, statement, patience, commit=False, read_only=True)
     except psycopg.errors.ReadOnlySqlTransaction:
         return False
     return True
 
 
 async def _run(
-    conn: psycopg.AsyncConnection[Any], statement: Statement, *, commit: bool, read_only: bool = False
+    conn: psycopg.AsyncConnection[Any], statement: Statement, patience: float, *, commit: bool, read_only: bool = False
 ) -> float:
-    async with _transaction(conn, commit=commit, read_only=read_only):
+    async with _transaction(conn, commit=commit, read_only=read_only), asyncio.timeout(patience):
         begun = time.perf_counter()
         # In a pipeline psycopg leaves the simple protocol, which would take several statements, a COMMIT among them.
         async with conn.pipeline():
             cursor = await conn.execute(statement.encoded, statement.params)
-        return time.perf_counter() - begun if cursor.pgresult else 0.0
+        seconds = time.perf_counter() - begun
+        if cursor.pgresult and cursor.pgresult.status == ExecStatus.EMPTY_QUERY:
+            raise StatementFailed("--query holds no statement: give one")
+        return seconds
 
 
 @asynccontextmanager

@@ -33,7 +33,8 @@ DESCRIPTION = """\
 How large should the pool be? Many tasks do one statement again and again, each in a transaction on a connection that
 it takes from the pool and gives back, with no pause: with a pool of 1, then 2, 3, 4, 6, 8, 12, ... connections, until
 two sizes in a row do not raise the rate by more than 5 %. Recommended is the smallest size whose rate is within 5 % of
-the best (or more, where passes of the same size differ by more). The transactions are rolled back, unless --commit is given.
+the best (or more, where passes of the same size differ by more). The transactions are rolled back, unless --commit is
+given.
 
 One-shot statements (pool.fetch) are measured beside them, in a pool of that size. They commit by themselves, so that
 this is done only with --commit, or when the statement only reads: when the server lets it run in a READ ONLY
@@ -53,7 +54,8 @@ keys of --json:
   client_limited    this process, not the pool or the server, was the limit
   ended    "flat" (further sizes did not raise the rate), "largest size", "time is up", "interrupted"
   sizes    a list of: size, statements, statements_per_second (the median of the passes), of_each_pass, p50_ms, p99_ms
-           (from asking for a connection to giving it back), wait_share (of that), processor_share (of one core)
+           (from asking for a connection to giving it back), wait_share (of that), processor_share (of one core),
+           processor_wait_share (the client could have worked, and had no core)
   one_shots    the same with connections for size, and no wait_share; null if not measured
   free_connections, processes    how many connections the server has free, and how many such pools fit
   server_version, query, committed, tasks, seconds_per_size
@@ -131,7 +133,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--plot", type=_picture, metavar="FILE", help="draw the rate and p99 over the size into a .svg or .png"
     )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=lambda options, _: run(options, parser))
 
 
 def _positive(text: str) -> int:

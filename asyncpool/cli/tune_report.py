@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 NARROWEST_BARS = 8
 WIDEST_BARS = 40
 
+# One-shots beyond this many times the best rate of a lease would press its bars, or its curve, flat.
+HIGHEST_IN_VIEW = 2.5
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -139,12 +142,13 @@ def _print_table(out: Console, report: Report) -> None:
     if room >= NARROWEST_BARS:
         table.add_column("", no_wrap=True)
     readings = [*report.readings, *([report.one_shots] if report.one_shots else [])]
-    best = max(reading.rate for reading in readings)
+    scale = max(reading.rate for reading in report.readings) * HIGHEST_IN_VIEW
+    scale = min(scale, max(reading.rate for reading in readings)) or 1.0
     for reading, row in zip(readings, rows, strict=True):
         is_one_shots = reading is report.one_shots
         marked = not is_one_shots and reading.size == report.recommendation.max_size
         style = "bold green" if marked else "cyan" if is_one_shots else ""
-        bar = [Text(_bar(reading.rate / best if best else 0.0, room, out))] if room >= NARROWEST_BARS else []
+        bar = [Text(_bar(reading.rate / scale, room, out))] if room >= NARROWEST_BARS else []
         table.add_row(*(Text(cell) for cell in row), *bar, style=style)
     out.print(table)
 
@@ -170,8 +174,8 @@ def _narrowed(headings: list[str], rows: list[list[str]], width: int) -> tuple[l
 
 
 def _bar(share: float, room: int, out: Console) -> str:
-    unicode = (out.encoding or "").lower().startswith("utf")
-    return ("█" if unicode else "#") * max(1, round(share * room))
+    full, beyond = "█▶" if (out.encoding or "").lower().startswith("utf") else "#>"
+    return full * (room - 1) + beyond if share > 1 else full * max(1, round(share * room))
 
 
 # --- the words ----------------------------------------------------------------------------------------------
@@ -191,11 +195,7 @@ def notes(report: Report) -> list[str]:
     found = [*_what_to_do(report)]
     recommendation = report.recommendation
     if recommendation.client_limited:
-        found.append(
-            "The client is what limits here, not the pool: this process took"
-            f" {percent(min(1.0, _knee(report).processor_share))} of a processor core. More processes may carry more; a larger"
-            " pool in one does not."
-        )
+        found.append(_about_the_client(_knee(report)))
     if recommendation.conclusive and (processes := report.processes) is not None:
         found.append(
             f"All services share the server: max_size × processes must stay within the {report.free} connections that"
@@ -205,14 +205,24 @@ def notes(report: Report) -> list[str]:
     found += _about_one_shots(report)
     if recommendation.conclusive and (spread := noise(report.readings)) > TOLERANCE:
         found.append(
-            f"Passes of the same size were {plus_minus(spread)} apart, so that rates are told apart only if they differ by"
-            f" {percent(tolerance(report.readings))}: more --seconds make that finer."
+            f"Passes of the same size were {plus_minus(spread)} apart, so that rates are told apart only if they differ"
+            f" by {percent(tolerance(report.readings))}: more --seconds make that finer."
         )
     return found
 
 
 def _knee(report: Report) -> Reading:
     return next(reading for reading in report.readings if reading.size == report.recommendation.max_size)
+
+
+def _about_the_client(knee: Reading) -> str:
+    taken = f"took {percent(knee.processor_share)} of a processor core"
+    if (waited := knee.processor_wait_share) >= 0.005:
+        taken += f" and waited for one {percent(waited)} of the time"
+    return (
+        f"The client is what limits here, not the pool: this process {taken}. More processes may carry more; a larger"
+        " pool in one does not."
+    )
 
 
 def _what_to_do(report: Report) -> Iterator[str]:
@@ -284,4 +294,5 @@ def _reading_as_json(size: str, reading: Reading) -> dict[str, Any]:
         "p99_ms": round(1000 * reading.p99, 3),
         "wait_share": None if reading.wait_share is None else round(reading.wait_share, 3),
         "processor_share": round(reading.processor_share, 3),
+        "processor_wait_share": round(reading.processor_wait_share, 3),
     }
