@@ -66,7 +66,7 @@ def plan(*, largest: int, tasks: int, seconds: float, most_seconds: float, trial
     passes = MOST_PASSES
     if trial.seconds:
         passes = max(1, min(MOST_PASSES, int(seconds / (trial.seconds * STATEMENTS_IN_A_PASS))))
-    warm_up = min(max(WARM_UP, trial.seconds * WARM_UP_STATEMENTS), max(WARM_UP, seconds / passes))
+    warm_up = min(max(WARM_UP, trial.seconds * WARM_UP_STATEMENTS), seconds / passes)
     around = warm_up + USUAL_CONNECT + min(GRACE, 2 * trial.seconds)
     computed = (len(sizes) + one_shots) * (seconds + passes * around)
     return Plan(sizes, tasks, seconds, passes, warm_up, min(most_seconds, computed), one_shots)

@@ -257,7 +257,8 @@ class _Tuning:
             f"PostgreSQL {prepared.server_version}: {planned.tasks} tasks, a pool of 1 to {planned.sizes[-1]},"
             f" transactions are {how}; {planned.at_most:.0f} s at most"
         )
-        console(stderr=True).print(text, markup=False, soft_wrap=True)
+        err = console(stderr=True)
+        err.print(text, markup=False, soft_wrap=not err.is_terminal)
 
     def _report(self) -> tune_report.Report | None:
         prepared, sweep = self._prepared, self._sweep

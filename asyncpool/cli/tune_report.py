@@ -112,7 +112,7 @@ def show(report: Report) -> None:
     out.print()
     _print(out, headline(report.recommendation), style="bold")
     for note in notes(report):
-        _print(out, note)
+        _print(out, f"- {note}")
 
 
 def _print(out: Console, text: str, style: str | None = None) -> None:
