@@ -75,6 +75,9 @@ def plan(*, largest: int, tasks: int, seconds: float, most_seconds: float, trial
 class Progress(Protocol):
     """Where a sweep says how far it is."""
 
+    def say(self, text: str) -> None:
+        """A line of its own."""
+
     def begin_pass(self, title: str, done: float) -> None:
         """A pass begins, and that share of the time that it all takes at most is over."""
 

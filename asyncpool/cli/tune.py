@@ -16,7 +16,6 @@ import psycopg
 from asyncpool.cli import tune_report
 from asyncpool.cli.capacity import Capacity, read_capacity
 from asyncpool.cli.chart import check_can_draw, draw
-from asyncpool.cli.extras import console
 from asyncpool.cli.knee import recommend
 from asyncpool.cli.signals import interruptible, run_interruptibly
 from asyncpool.cli.statement import Statement, StatementFailed, params_argument, query_argument, try_out
@@ -223,7 +222,7 @@ class _Tuning:
 
     async def _measure(self, progress: Progress) -> None:
         prepared = self._prepared = await self._prepare()
-        self._announce(prepared)
+        progress.say(self._announcement(prepared))
         self._sweep = Sweep(self._url, self._statement, prepared.plan, progress)
         await self._sweep.run()
 
@@ -250,15 +249,13 @@ class _Tuning:
         )
         return _Preparation(version, capacity, trial, planned)
 
-    def _announce(self, prepared: _Preparation) -> None:
+    def _announcement(self, prepared: _Preparation) -> str:
         planned = prepared.plan
         how = "committed" if self._options.commit else "rolled back"
-        text = (
+        return (
             f"PostgreSQL {prepared.server_version}: {planned.tasks} tasks, a pool of 1 to {planned.sizes[-1]},"
             f" transactions are {how}; {planned.at_most:.0f} s at most"
         )
-        err = console(stderr=True)
-        err.print(text, markup=False, soft_wrap=not err.is_terminal)
 
     def _report(self) -> tune_report.Report | None:
         prepared, sweep = self._prepared, self._sweep

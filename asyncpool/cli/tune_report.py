@@ -60,25 +60,31 @@ class Lines:
     def __init__(self, err: Console) -> None:
         self._console = err
 
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
     def begin_pass(self, title: str, done: float) -> None:
         """Lines tell what is done, not what begins."""
 
     def reading(self, title: str, reading: Reading) -> None:
-        self._console.print(_first_figures(title, reading), markup=False, soft_wrap=True)
+        self.say(_first_figures(title, reading))
 
 
 class Bars:
-    """One bar, and the size that is being measured beside it."""
+    """The same lines, above a bar and what is being measured."""
 
     def __init__(self, bar: Bar, task: TaskID) -> None:
         self._bar = bar
         self._task = task
 
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False)
+
     def begin_pass(self, title: str, done: float) -> None:
         self._bar.update(self._task, completed=done, description=title)
 
     def reading(self, title: str, reading: Reading) -> None:
-        self._bar.console.print(_first_figures(title, reading), markup=False)
+        self.say(_first_figures(title, reading))
 
 
 def _first_figures(title: str, reading: Reading) -> str:
