@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from asyncpool.cli.extras import MissingExtra
@@ -41,6 +42,7 @@ STYLE: Any = {
 }
 DOTS_PER_INCH = 150
 INCHES = (8.0, 6.4)
+MARGINS = {"w_pad": 0.14, "h_pad": 0.14}
 QUERY_LENGTH = 88
 
 DASHES = (0, (5, 3))
@@ -58,9 +60,12 @@ def draw(report: Report, path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        # A character of the query that the font does not have becomes a box.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, facecolor="white", layout=ConstrainedLayoutEngine(**MARGINS))
         FigureCanvasAgg(figure)
         rates, latencies = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         _draw_rates(rates, report)
@@ -186,9 +191,8 @@ def _draw_latencies(axes: Axes, report: Report) -> None:
             "one-shots, p99",
             (0, p99),
             xycoords=("axes fraction", "data"),
-            xytext=(6, -4),
+            xytext=(6, 3),
             textcoords="offset points",
-            va="top",
             color=GREEN,
             fontsize=9.5,
         )

@@ -134,8 +134,8 @@ def recommend(readings: Sequence[Reading], ending: Ending) -> Recommendation:
     """Which `max_size` the readings, by rising size, speak for, and why."""
     if not readings:
         return Recommendation(None, False, "No size was measured to its end.")
-    if not any(reading.statements for reading in readings):
-        return Recommendation(None, False, "No statement ended while it was measured.")
+    if not any(reading.rate for reading in readings):
+        return Recommendation(None, False, "Hardly a statement ended while it was measured.")
     knee = find_knee(readings)
     client_limited = knee.processor_share + knee.processor_wait_share >= SATURATED
     if (thin := min(readings, key=lambda reading: reading.statements)).statements < FEWEST_STATEMENTS:

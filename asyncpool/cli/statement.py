@@ -32,11 +32,14 @@ class StatementFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What each task does again and again. `commit`: and keep it, rather than roll it back."""
+    """What each task does again and again. `commit`: and keep it, rather than roll it back; `prepare`: as psycopg does
+    from the sixth time on.
+    """
 
     query: str
     params: Sequence[Any] | Mapping[str, Any] | None
     commit: bool
+    prepare: bool = True
 
     @property
     def encoded(self) -> bytes:
@@ -140,6 +143,8 @@ def explain(error: psycopg.Error, statement: Statement) -> str:
     words = str(error).strip() or type(error).__name__
     if error.sqlstate is None and isinstance(error, psycopg.ProgrammingError):
         return f"the statement could not be sent: {words}: --params are to fit the placeholders in --query"
+    if isinstance(error, (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement)):
+        words += "\nbehind a pooler that does not carry prepared statements give --no-prepare"
     if statement.params is None and PLACEHOLDER.search(statement.query):
         words += "\nplaceholders in --query are written %s or %(name)s, and need values: --params, " + EXAMPLE
     return f"the statement fails: {words}"

@@ -184,6 +184,7 @@ class Sweep:
             max_size=max_size,
             # Whoever waits does so until the pass is over.
             acquire_timeout=None,
+            prepare_threshold=5 if self._statement.prepare else None,
             fallback_application_name="asyncpool tune",
         )
 

@@ -103,6 +103,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("--commit", action="store_true", help="commit each transaction; what it writes stays")
     parser.add_argument(
+        "--no-prepare",
+        action="store_true",
+        help="prepare nothing, as with prepare_threshold=None, which some poolers want",
+    )
+    parser.add_argument(
         "--tasks",
         type=_positive,
         metavar="N",
@@ -201,7 +206,7 @@ class _Tuning:
     def __init__(self, url: str, options: argparse.Namespace) -> None:
         self._url = url
         self._options = options
-        self._statement = Statement(options.query, options.params, options.commit)
+        self._statement = Statement(options.query, options.params, options.commit, not options.no_prepare)
         self._prepared: _Preparation | None = None
         self._sweep: Sweep | None = None
 
