@@ -42,7 +42,7 @@ STYLE: Any = {
 }
 DOTS_PER_INCH = 150
 INCHES = (8.0, 6.4)
-MARGINS = {"w_pad": 0.14, "h_pad": 0.14}
+MARGINS: Any = {"w_pad": 0.14, "h_pad": 0.14}
 QUERY_LENGTH = 88
 
 DASHES = (0, (5, 3))
@@ -134,14 +134,17 @@ def _draw_one_shots(axes: Axes, report: Report, top: float) -> float:
     rate = report.one_shots.rate
     label = f"one-shots on {count_of(report.one_shots.size, 'connection')}: {rate_of(report.one_shots)}"
     in_view = rate <= top * HIGHEST_IN_VIEW
+    # Where the curve is not: it begins low on the left.
+    is_low = rate < top * 0.8
     if in_view:
         axes.axhline(rate, color=GREEN, linewidth=2, linestyle=DASHES)
     axes.annotate(
         label if in_view else f"{label} \N{UPWARDS ARROW}",
-        (0, rate if in_view else 1),
+        (1 if is_low else 0, rate if in_view else 1),
         xycoords=("axes fraction", "data" if in_view else "axes fraction"),
-        xytext=(6, 5 if in_view else -4),
+        xytext=(-6 if is_low else 6, 5 if in_view else -4),
         textcoords="offset points",
+        ha="right" if is_low else "left",
         va="bottom" if in_view else "top",
         color=GREEN,
         fontweight="bold",
@@ -178,21 +181,24 @@ def _knee(report: Report) -> Reading | None:
 
 def _draw_latencies(axes: Axes, report: Report) -> None:
     sizes = [reading.size for reading in report.readings]
-    for name, color, values in (
-        ("p99", INK, [1000 * reading.p99 for reading in report.readings]),
-        ("p50", GREY, [1000 * reading.p50 for reading in report.readings]),
-    ):
+    slow = [1000 * reading.p99 for reading in report.readings]
+    typical = [1000 * reading.p50 for reading in report.readings]
+    # Names that would touch each other move apart.
+    are_close = slow[-1] - typical[-1] < max(slow) / 8
+    for name, color, values, away in (("p99", INK, slow, "bottom"), ("p50", GREY, typical, "top")):
         axes.plot(sizes, values, color=color, marker="o", markersize=5, linewidth=1.8)
-        _name_at_the_end(axes, name, values[-1], color)
+        _name_at_the_end(axes, name, values[-1], color, away if are_close else "center")
     if report.one_shots:
         p99 = 1000 * report.one_shots.p99
+        is_high = p99 > slow[-1]
         axes.axhline(p99, color=GREEN, linewidth=1.4, linestyle=DASHES)
         axes.annotate(
             "one-shots, p99",
-            (0, p99),
+            (1 if is_high else 0, p99),
             xycoords=("axes fraction", "data"),
-            xytext=(6, 3),
+            xytext=(-6 if is_high else 6, 3),
             textcoords="offset points",
+            ha="right" if is_high else "left",
             color=GREEN,
             fontsize=9.5,
         )
@@ -201,14 +207,14 @@ def _draw_latencies(axes: Axes, report: Report) -> None:
     axes.set_ylabel("latency, ms")
 
 
-def _name_at_the_end(axes: Axes, name: str, value: float, color: str) -> None:
+def _name_at_the_end(axes: Axes, name: str, value: float, color: str, alignment: str) -> None:
     axes.annotate(
         name,
         (1, value),
         xycoords=("axes fraction", "data"),
         xytext=(4, 0),
         textcoords="offset points",
-        va="center",
+        va=alignment,
         color=color,
         fontweight="bold",
         annotation_clip=False,

@@ -68,7 +68,8 @@ def plan(*, largest: int, tasks: int, seconds: float, most_seconds: float, trial
         passes = max(1, min(MOST_PASSES, int(seconds / (trial.seconds * STATEMENTS_IN_A_PASS))))
     warm_up = min(max(WARM_UP, trial.seconds * WARM_UP_STATEMENTS), seconds / passes)
     around = warm_up + USUAL_CONNECT + min(GRACE, 2 * trial.seconds)
-    computed = (len(sizes) + one_shots) * (seconds + passes * around)
+    # One-shots are measured in turn with the size that they are compared with.
+    computed = (len(sizes) + 2 * one_shots) * (seconds + passes * around)
     return Plan(sizes, tasks, seconds, passes, warm_up, min(most_seconds, computed), one_shots)
 
 
@@ -94,7 +95,6 @@ class Sweep:
         self._plan = plan
         self._progress = progress
         self._passes: dict[int, list[Pass]] = {}
-        self._one_shot_size = 0
         self._one_shot_passes: list[Pass] = []
         self.ending = Ending.INTERRUPTED
 
@@ -120,27 +120,26 @@ class Sweep:
             self.ending = Ending.TIME_IS_UP
 
     async def _run(self) -> Ending:
+        ending = await self._measure_sizes()
+        if self._plan.one_shots:
+            await self._measure_one_shots(find_knee(self.readings).size)
+        return ending
+
+    async def _measure_sizes(self) -> Ending:
         remaining = list(self._plan.sizes)
         while True:
             while remaining and not is_flat(self.readings):
                 await self._measure_size(remaining.pop(0))
-            await self._measure_again()
+            # Every size as often as planned, in turns that go down and up again.
+            for number in range(1, self._plan.passes):
+                for size in sorted(self._passes, reverse=bool(number % 2)):
+                    if len(self._passes[size]) <= number:
+                        await self._measure_size(size)
             # With more passes a size may look better than at first, and the end be further up.
             if is_flat(self.readings):
                 return Ending.FLAT
             if not remaining:
                 return Ending.LARGEST_SIZE
-
-    async def _measure_again(self) -> None:
-        """Every size as often as planned, and the one-shots, in turns that go down and up again."""
-        if self._plan.one_shots and not self._one_shot_passes:
-            await self._measure_one_shots()
-        for number in range(1, self._plan.passes):
-            for size in sorted(self._passes, reverse=bool(number % 2)):
-                if len(self._passes[size]) <= number:
-                    await self._measure_size(size)
-            if self._plan.one_shots and len(self._one_shot_passes) <= number:
-                await self._measure_one_shots()
 
     async def _measure_size(self, size: int) -> None:
         passes = self._passes.get(size, [])
@@ -151,14 +150,14 @@ class Sweep:
         if not passes:
             self._progress.reading(title, reading_of(size, [measured], waiting_is_known=True))
 
-    async def _measure_one_shots(self) -> None:
-        """In a pool of the size that the knee is at: would one-shots do better there?"""
-        self._one_shot_size = self._one_shot_size or find_knee(self.readings).size
-        self._progress.begin_pass("one-shots", self._share_done())
-        pool = self._pool("one-shots", 1, self._one_shot_size)
-        self._one_shot_passes.append(await self._measure_pool(pool, one_shots=True))
-        if len(self._one_shot_passes) == 1 and (reading := self.one_shots):
-            self._progress.reading("one-shots", reading)
+    async def _measure_one_shots(self, size: int) -> None:
+        """In a pool of the size that the knee is at, and in turn with that: would they do better there?"""
+        for number in range(self._plan.passes):
+            self._progress.begin_pass("one-shots", self._share_done())
+            self._one_shot_passes.append(await self._measure_pool(self._pool("one-shots", 1, size), one_shots=True))
+            if number == 0 and (reading := self.one_shots):
+                self._progress.reading("one-shots", reading)
+            await self._measure_size(size)
 
     async def _measure_pool(self, pool: Pool, *, one_shots: bool) -> Pass:
         plan = self._plan
@@ -190,4 +189,4 @@ class Sweep:
 
     def _share_done(self) -> float:
         done = sum(map(len, self._passes.values())) + len(self._one_shot_passes)
-        return done / (self._plan.passes * (len(self._plan.sizes) + self._plan.one_shots))
+        return done / (self._plan.passes * (len(self._plan.sizes) + 2 * self._plan.one_shots))
