@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 from itertools import count
 from statistics import median
 from typing import TYPE_CHECKING
@@ -120,38 +120,65 @@ def find_knee(readings: Sequence[Reading]) -> Reading:
     return min((reading for reading in readings if reading.rate >= enough), key=lambda reading: reading.size)
 
 
+class Obstacle(Enum):
+    """Why nothing is recommended."""
+
+    ENDED_EARLY = "the sweep was cut short"
+    TOO_FEW = "too few statements ended"
+    STILL_RISING = "larger sizes may carry more"
+    RESTLESS = "passes of the same size differ too much"
+
+
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """`max_size` is None if nothing can be told; where it is not `conclusive`, it is the best that was seen."""
+    """`max_size` is None if nothing can be told; where there is an obstacle, it is the best that was seen."""
 
     max_size: int | None
-    conclusive: bool
     reason: str
+    obstacle: Obstacle | None = None
     client_limited: bool = False
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether that is the size to take."""
+        return self.obstacle is None
 
 
 def recommend(readings: Sequence[Reading], ending: Ending) -> Recommendation:
     """Which `max_size` the readings, by rising size, speak for, and why."""
     if not readings:
-        return Recommendation(None, False, "No size was measured to its end.")
+        return Recommendation(None, "No size was measured to its end.", Obstacle.ENDED_EARLY)
     if not any(reading.rate for reading in readings):
-        return Recommendation(None, False, "Hardly a statement ended while it was measured.")
+        return Recommendation(None, "Hardly a statement ended while it was measured.", Obstacle.TOO_FEW)
     knee = find_knee(readings)
     client_limited = knee.processor_share + knee.processor_wait_share >= SATURATED
-    if (thin := min(readings, key=lambda reading: reading.statements)).statements < FEWEST_STATEMENTS:
-        reason = f"{count_of(thin.statements, 'statement')} at size {thin.size} are too few to tell a rate from."
-        return Recommendation(knee.size, False, reason, client_limited)
-    if ending in (Ending.INTERRUPTED, Ending.TIME_IS_UP):
-        reason = f"It ended early, at {rate_of(knee)} with {knee.size}: larger sizes may carry more."
-        return Recommendation(knee.size, False, reason, client_limited)
+    if found := _obstacle(readings, ending, knee):
+        obstacle, reason = found
+        return Recommendation(knee.size, reason, obstacle, client_limited)
     larger = [reading for reading in readings if reading.size > knee.size]
-    if not larger:
-        reason = f"The rate was still rising at the largest size that was measured, {rate_of(knee)} with {knee.size}."
-        return Recommendation(knee.size, False, reason, client_limited)
+    return Recommendation(knee.size, _reason(knee, larger), None, client_limited)
+
+
+def _obstacle(readings: Sequence[Reading], ending: Ending, knee: Reading) -> tuple[Obstacle, str] | None:
+    """What stands against the recommendation, and in words."""
+    thin = min(readings, key=lambda reading: reading.statements)
+    if thin.statements < FEWEST_STATEMENTS:
+        few = count_of(thin.statements, "statement")
+        return Obstacle.TOO_FEW, f"{few} at size {thin.size} are too few to tell a rate from."
+    if ending in (Ending.INTERRUPTED, Ending.TIME_IS_UP):
+        return (
+            Obstacle.ENDED_EARLY,
+            f"It ended early, at {rate_of(knee)} with {knee.size}: larger sizes may carry more.",
+        )
     if tolerance(readings) > MOST_TOLERANCE:
-        reason = f"Passes of the same size were {plus_minus(noise(readings))} apart: too far to tell sizes apart."
-        return Recommendation(knee.size, False, reason, client_limited)
-    return Recommendation(knee.size, True, _reason(knee, larger), client_limited)
+        apart = plus_minus(noise(readings))
+        return Obstacle.RESTLESS, f"Passes of the same size were {apart} apart: too far to tell sizes from each other."
+    if knee is readings[-1]:
+        return (
+            Obstacle.STILL_RISING,
+            f"The rate was still rising at the largest size that was measured, {rate_of(knee)} with {knee.size}.",
+        )
+    return None
 
 
 def _reason(knee: Reading, larger: Sequence[Reading]) -> str:

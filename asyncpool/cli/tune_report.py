@@ -232,17 +232,19 @@ def _about_the_client(knee: Reading) -> str:
 
 
 def _what_to_do(report: Report) -> Iterator[str]:
-    if report.recommendation.conclusive:
-        return
-    if report.ending is Ending.LARGEST_SIZE:
+    """Where nothing is recommended. Whoever interrupted it knows."""
+    obstacle = report.recommendation.obstacle
+    if report.ending is Ending.TIME_IS_UP:
+        yield f"The time was up after {report.plan.at_most:.0f} s: give a larger --max-seconds, or less --seconds."
+    elif obstacle is Obstacle.STILL_RISING:
         yield (
             f"Give a larger --max-size, and --tasks to use it; {report.free} connections are free ({report.limit}),"
             " of which half are taken at most, all with --force."
         )
-    elif report.ending is Ending.TIME_IS_UP:
-        yield f"The time was up after {report.plan.at_most:.0f} s: give a larger --max-seconds, or less --seconds."
-    elif report.ending is Ending.FLAT:
+    elif obstacle is Obstacle.TOO_FEW and report.ending is not Ending.INTERRUPTED:
         yield "Give each size more time with --seconds."
+    elif obstacle is Obstacle.RESTLESS:
+        yield "Give each size more time with --seconds, or measure when client and server have less else to do."
 
 
 def _about_one_shots(report: Report) -> Iterator[str]:

@@ -14,6 +14,7 @@ from asyncpool.cli.knee import (
     MOST_TOLERANCE,
     TOLERANCE,
     Ending,
+    Obstacle,
     Reading,
     find_knee,
     is_flat,
@@ -125,20 +126,20 @@ def test_where_no_larger_size_is_better_the_reason_says_so() -> None:
 
 def test_a_rate_that_still_rises_at_the_largest_size_is_not_conclusive() -> None:
     recommendation = recommend(curve(100, 200, 300), Ending.LARGEST_SIZE)
-    assert (recommendation.max_size, recommendation.conclusive) == (3, False)
+    assert (recommendation.max_size, recommendation.obstacle) == (3, Obstacle.STILL_RISING)
     assert "still rising" in recommendation.reason
 
 
 @pytest.mark.parametrize("ending", [Ending.INTERRUPTED, Ending.TIME_IS_UP])
 def test_what_ended_early_is_not_conclusive(ending: Ending) -> None:
-    assert not recommend(curve(100, 200, 200, 200), ending).conclusive
+    assert recommend(curve(100, 200, 200, 200), ending).obstacle is Obstacle.ENDED_EARLY
 
 
 def test_too_few_statements_are_not_conclusive() -> None:
     readings = curve(100, 200, 200, 200)
     thin = [replace(readings[0], statements=FEWEST_STATEMENTS - 1), *readings[1:]]
     recommendation = recommend(thin, Ending.FLAT)
-    assert not recommendation.conclusive
+    assert recommendation.obstacle is Obstacle.TOO_FEW
     assert f"{FEWEST_STATEMENTS - 1} statements at size 1" in recommendation.reason
 
 
@@ -175,7 +176,7 @@ def test_a_machine_that_is_too_restless_tells_nothing() -> None:
     wild = [reading(size, 40, 160) for size in (1, 2, 3)]
     assert tolerance(wild) > MOST_TOLERANCE
     recommendation = recommend(wild, Ending.FLAT)
-    assert not recommendation.conclusive
+    assert recommendation.obstacle is Obstacle.RESTLESS
     assert "± 60 % apart" in recommendation.reason
 
 
