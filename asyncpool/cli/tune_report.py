@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from asyncpool.cli.extras import console
-from asyncpool.cli.knee import TOLERANCE, Ending, count_of, milliseconds, noise, percent, plus_minus, rate_of, tolerance
+from asyncpool.cli.knee import (
+    TOLERANCE,
+    Ending,
+    Obstacle,
+    count_of,
+    milliseconds,
+    noise,
+    percent,
+    plus_minus,
+    rate_of,
+    tolerance,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
