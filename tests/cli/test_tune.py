@@ -62,7 +62,8 @@ def tune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         except SystemExit as refusal:  # argparse's
             assert isinstance(refusal.code, int)
             status = refusal.code
-        return Done(status, *capsys.readouterr())
+        captured = capsys.readouterr()
+        return Done(status, captured.out, captured.err)
 
     return run
 
