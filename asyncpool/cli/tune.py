@@ -28,35 +28,50 @@ if TYPE_CHECKING:
     from asyncpool.cli.statement import Trial
     from asyncpool.cli.sweep import Plan, Progress
 
+# Both are printed as they are, so that they have to fit a terminal of 80 columns.
 DESCRIPTION = """\
-How large should the pool be? Many tasks do one statement again and again, each in a transaction on a connection that
-it takes from the pool and gives back, with no pause: with a pool of 1, then 2, 3, 4, 6, 8, 12, ... connections, until
-two sizes in a row do not raise the rate by more than 5 %. Recommended is the smallest size whose rate is within 5 % of
-the best (or more, where passes of the same size differ by more). The transactions are rolled back, unless --commit is
-given.
+How large should the pool be? Many tasks do one statement again and again, each
+time in a transaction on a connection that they take from the pool and give
+back, with no pause: with a pool of 1, then of 2, 3, 4, 6, 8, 12, ...
+connections, until two sizes in a row do not raise the rate by more than 5 %.
+Recommended is the smallest size whose rate is within 5 % of the best, or
+within more, where passes of the same size differ by more. The transactions
+are rolled back, unless --commit is given.
 
-One-shot statements (pool.fetch) are measured beside them, in a pool of that size. They commit by themselves, so that
-this is done only with --commit, or when the statement only reads: when the server lets it run in a READ ONLY
+One-shot statements (pool.fetch) are measured beside them, in a pool of that
+size. They commit by themselves, so that this is done only with --commit, or
+if the statement only reads: if the server lets it run in a READ ONLY
 transaction, in which it is tried out first.
 """
 
 EPILOG = """\
 exit status:
-  0   a size is recommended
-  1   the statement fails, or the measurement is not conclusive: the rate was still rising at the largest size,
-      the time was up, too few statements ended to tell a rate from, or passes of the same size differed too much
-  2   it could not run: wrong arguments, no connection, or too few that are free
-  130 interrupted by Ctrl-C (143 by SIGTERM); what was measured until then is shown
+  0     a size is recommended
+  1     the statement fails; or nothing can be recommended: the rate was still
+        rising at the largest size, the time was up, too few statements ended
+        to tell a rate from, or passes of the same size differed too much
+  2     it could not run: wrong arguments, no connection, or too few are free
+  130   Ctrl-C (143: SIGTERM); what was measured until then is shown
 
 keys of --json:
-  max_size, conclusive, reason, notes    what is recommended; max_size is the best seen if not conclusive, or null
-  client_limited    this process, not the pool or the server, was the limit
-  ended    "flat" (further sizes did not raise the rate), "largest size", "time is up", "interrupted"
-  sizes    a list of: size, statements, statements_per_second (the median of the passes), of_each_pass, p50_ms, p99_ms
-           (from asking for a connection to giving it back), wait_share (of that), processor_share (of one core),
-           processor_wait_share (the client could have worked, and had no core)
-  one_shots    the same with connections for size, and no wait_share; null if not measured
-  free_connections, processes    how many connections the server has free, and how many such pools fit
+  max_size, conclusive, reason, notes
+        what is recommended; if not conclusive, max_size is the best that was
+        seen, or null
+  client_limited
+        this process was the limit, not the pool or the server
+  ended
+        "flat" (further sizes did not raise the rate), "largest size",
+        "time is up" or "interrupted"
+  sizes
+        a list, of each size: size, statements, statements_per_second (the
+        median of the passes), of_each_pass, p50_ms, p99_ms (from asking for a
+        connection to giving it back), wait_share (of that), processor_share
+        (of one core), processor_wait_share (of the time, for which the client
+        could have worked, and had no core)
+  one_shots
+        the same, with connections for size; null if not measured
+  free_connections, processes
+        how many connections the server has free, how many such pools fit
   server_version, query, committed, tasks, seconds_per_size
 """
 

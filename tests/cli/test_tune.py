@@ -115,7 +115,9 @@ def test_json_has_every_size_and_the_one_shots_with_the_documented_keys(tune: Tu
 
 def test_every_key_of_the_json_is_in_the_help(tune: Tune, dsn: str) -> None:
     outcome = tune(dsn, *READING, "--json", *QUICK).json()
-    told = set(re.findall(r"\w+", tune("--help").output))
+    help_text = tune("--help").output
+    assert max(map(len, help_text.splitlines())) <= 80
+    told = set(re.findall(r"\w+", help_text))
     assert outcome.keys() | outcome["sizes"][0].keys() | outcome["one_shots"].keys() <= told
 
 
