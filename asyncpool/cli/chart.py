@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -157,9 +158,8 @@ def _mark_knee(axes: Axes, report: Report) -> None:
     if knee is None:
         return
     axes.plot([knee.size], [knee.rate], "o", markersize=14, markerfacecolor="none", markeredgecolor=ORANGE, mew=2.4)
-    # Below the curve there is always room: it rises to the knee, and stays up there behind it.
-    sizes = [reading.size for reading in report.readings]
-    is_on_the_left = knee.size**2 < sizes[0] * sizes[-1]
+    # On the right, below the curve, which stays up there behind the knee; but not over the edge.
+    is_on_the_left = math.log(knee.size) <= 0.7 * math.log(report.readings[-1].size)
     axes.annotate(
         f"the knee: {knee.size}\n{rate_of(knee)}, p99 {milliseconds(knee.p99)} ms",
         (knee.size, 0),
@@ -170,6 +170,7 @@ def _mark_knee(axes: Axes, report: Report) -> None:
         color=ORANGE,
         fontweight="bold",
         linespacing=1.4,
+        bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5},
     )
 
 

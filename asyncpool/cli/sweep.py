@@ -113,17 +113,18 @@ class Sweep:
 
     async def run(self) -> None:
         """Measure. Raises StatementFailed, and psycopg.OperationalError if the server does not let enough of us in."""
+        limit = asyncio.timeout(self._plan.at_most)
         try:
-            async with asyncio.timeout(self._plan.at_most):
-                self.ending = await self._run()
+            async with limit:
+                self.ending = await self._measure_sizes()
+                if self._plan.one_shots:
+                    await self._measure_one_shots(find_knee(self.readings).size)
         except TimeoutError:
-            self.ending = Ending.TIME_IS_UP
-
-    async def _run(self) -> Ending:
-        ending = await self._measure_sizes()
-        if self._plan.one_shots:
-            await self._measure_one_shots(find_knee(self.readings).size)
-        return ending
+            if not limit.expired():
+                raise  # a PoolTimeout is one
+            # If only the one-shots are missing, the question is answered.
+            if self.ending is Ending.INTERRUPTED:
+                self.ending = Ending.TIME_IS_UP
 
     async def _measure_sizes(self) -> Ending:
         remaining = list(self._plan.sizes)
