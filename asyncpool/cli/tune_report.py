@@ -233,9 +233,15 @@ def _knee(report: Report) -> Reading:
 
 
 def _about_the_client(knee: Reading) -> str:
-    taken = f"took {percent(knee.processor_share)} of a processor core"
-    if (waited := knee.processor_wait_share) >= 0.005:
-        taken += f" and waited for one {percent(waited)} of the time"
+    took, waited = percent(knee.processor_share), percent(knee.processor_wait_share)
+    if knee.processor_wait_share > knee.processor_share:
+        return (
+            f"This machine is what limits here, not the pool: this process took {took} of a processor core and waited for"
+            f" one {waited} of the time. Measure when it has less else to do, or from another one."
+        )
+    taken = f"took {took} of a processor core"
+    if knee.processor_wait_share >= 0.005:
+        taken += f" and waited for one {waited} of the time"
     return (
         f"The client is what limits here, not the pool: this process {taken}. More processes may carry more; a larger"
         " pool in one does not."

@@ -98,15 +98,16 @@ def test_json_has_every_size_and_the_one_shots_with_the_documented_keys(tune: Tu
         assert one["statements"] > 0
         # That at the knee is measured again beside the one-shots.
         assert len(one["of_each_pass"]) in (4, 8)
-        assert one["statements_per_second"] > 0
+        assert one["statements_per_second"] >= 0
         assert 0 < one["p50_ms"] <= one["p99_ms"]
         assert 0 <= one["wait_share"] <= 1
         assert one["processor_share"] > 0
         assert one["processor_wait_share"] >= 0
     assert outcome["one_shots"]["connections"] in (1, 2)
     assert outcome["one_shots"]["wait_share"] is None
-    assert outcome["max_size"] in (1, 2)
-    assert outcome["processes"] == outcome["free_connections"] // outcome["max_size"]
+    assert outcome["max_size"] in (None, 1, 2)
+    if outcome["max_size"]:
+        assert outcome["processes"] == outcome["free_connections"] // outcome["max_size"]
     assert outcome["ended"] == "largest size"
     assert (outcome["query"], outcome["committed"], outcome["tasks"]) == ("select %(number)s::int", False, 4)
     assert outcome["seconds_per_size"] == 0.1
@@ -344,8 +345,8 @@ def test_a_pipe_gets_a_plain_table_of_80_columns_and_a_sentence_a_line(dsn: str)
     table = [line for line in output.splitlines() if "█" in line]
     assert [line.split()[0] for line in table] == ["1", "2", "one-shots"]
     assert all(len(line) <= 80 for line in table)
-    assert re.search(r"^(max_size=1: 1 connection carries|No recommendation yet\. )", output, re.MULTILINE)
-    assert re.search(r"^size 1: [\d,]+/s, p99 [\d.]+ ms$", errors, re.MULTILINE)
+    assert re.search(r"^(max_size=1: 1 connection carries|No recommendation)", output, re.MULTILINE)
+    assert re.search(r"^size 1: [\d,.]+/s, p99 [\d,.]+ ms$", errors, re.MULTILINE)
 
 
 def test_an_output_that_knows_ascii_only_gets_bars_of_number_signs(dsn: str) -> None:
@@ -402,7 +403,8 @@ def test_a_signal_ends_it_with_what_has_been_measured_so_far(
     assert process.returncode == 128 + which
     assert errors.endswith("interrupted\n")
     outcome = json.loads(output)
-    assert (outcome["ended"], outcome["conclusive"], outcome["max_size"]) == ("interrupted", False, 1)
+    assert (outcome["ended"], outcome["conclusive"]) == ("interrupted", False)
+    assert outcome["sizes"][0]["size"] == 1
     eventually_blocking(lambda: admin.sessions(application_name) == 0)
 
 

@@ -1,4 +1,4 @@
-"""The picture of `asyncpool tune`, of made-up figures: whatever was measured, it can be drawn."""
+"""The picture and the words of `asyncpool tune`, of made-up figures: whatever was measured, it can be shown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asyncpool.cli.chart import draw
 from asyncpool.cli.knee import Ending, Reading, recommend, sizes_up_to
 from asyncpool.cli.statement import Statement
 from asyncpool.cli.sweep import Plan
-from asyncpool.cli.tune_report import Report
+from asyncpool.cli.tune_report import Report, notes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,3 +137,23 @@ def test_the_same_figures_give_the_same_svg(tmp_path: Path) -> None:
     for name in ("one.svg", "two.svg"):
         draw(report(*CURVE, one_shots=9000), tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("took", "waited", "words"),
+    [
+        (0.97, 0.0, "The client is what limits here, not the pool: this process took 97 % of a processor core. More"),
+        (
+            0.6,
+            0.35,
+            "The client is what limits here, not the pool: this process took 60 % of a processor core and waited",
+        ),
+        (0.3, 0.65, "This machine is what limits here, not the pool: this process took 30 % of a processor core and"),
+    ],
+)
+def test_what_limits_is_told(took: float, waited: float, words: str) -> None:
+    shape = report(1000, 990, 1005, 1002)
+    busy = [replace(one, processor_share=took, processor_wait_share=waited) for one in shape.readings]
+    told = notes(replace(shape, readings=busy, recommendation=recommend(busy, Ending.FLAT)))
+    assert any(note.startswith(words) for note in told)
+    assert not any("what limits" in note for note in notes(shape))
