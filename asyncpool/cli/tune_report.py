@@ -236,8 +236,8 @@ def _about_the_client(knee: Reading) -> str:
     took, waited = percent(knee.processor_share), percent(knee.processor_wait_share)
     if knee.processor_wait_share > knee.processor_share:
         return (
-            f"This machine is what limits here, not the pool: this process took {took} of a processor core and waited for"
-            f" one {waited} of the time. Measure when it has less else to do, or from another one."
+            f"This machine is what limits here, not the pool: this process took {took} of a processor core and waited"
+            f" for one {waited} of the time. Measure when it has less else to do, or from another one."
         )
     taken = f"took {took} of a processor core"
     if knee.processor_wait_share >= 0.005:

@@ -146,7 +146,7 @@ def test_the_same_figures_give_the_same_svg(tmp_path: Path) -> None:
         (
             0.6,
             0.35,
-            "The client is what limits here, not the pool: this process took 60 % of a processor core and waited",
+            "The client is what limits here, not the pool: this process took 60 % of a processor core and",
         ),
         (0.3, 0.65, "This machine is what limits here, not the pool: this process took 30 % of a processor core and"),
     ],
