@@ -159,9 +159,9 @@ def _mark_knee(axes: Axes, report: Report) -> None:
         return
     axes.plot([knee.size], [knee.rate], "o", markersize=14, markerfacecolor="none", markeredgecolor=ORANGE, mew=2.4)
     # On the right, below the curve, which stays up there behind the knee; but not over the edge.
-    is_on_the_left = math.log(knee.size) <= 0.7 * math.log(report.readings[-1].size)
+    is_on_the_left = math.log(knee.size) <= 0.8 * math.log(report.readings[-1].size)
     axes.annotate(
-        f"the knee: {knee.size}\n{rate_of(knee)}, p99 {milliseconds(knee.p99)} ms",
+        f"the knee: {knee.size}\n{rate_of(knee)}\np99 {milliseconds(knee.p99)} ms",
         (knee.size, 0),
         xytext=(8 if is_on_the_left else -8, 10),
         textcoords="offset points",
@@ -170,7 +170,6 @@ def _mark_knee(axes: Axes, report: Report) -> None:
         color=ORANGE,
         fontweight="bold",
         linespacing=1.4,
-        bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5},
     )
 
 

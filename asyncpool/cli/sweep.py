@@ -68,8 +68,7 @@ def plan(*, largest: int, tasks: int, seconds: float, most_seconds: float, trial
         passes = max(1, min(MOST_PASSES, int(seconds / (trial.seconds * STATEMENTS_IN_A_PASS))))
     warm_up = min(max(WARM_UP, trial.seconds * WARM_UP_STATEMENTS), seconds / passes)
     around = warm_up + USUAL_CONNECT + min(GRACE, 2 * trial.seconds)
-    # One-shots are measured in turn with the size that they are compared with.
-    computed = (len(sizes) + 2 * one_shots) * (seconds + passes * around)
+    computed = (len(sizes) + one_shots) * (seconds + passes * around)
     return Plan(sizes, tasks, seconds, passes, warm_up, min(most_seconds, computed), one_shots)
 
 
@@ -152,13 +151,12 @@ class Sweep:
             self._progress.reading(title, reading_of(size, [measured], waiting_is_known=True))
 
     async def _measure_one_shots(self, size: int) -> None:
-        """In a pool of the size that the knee is at, and in turn with that: would they do better there?"""
+        """In a pool of the size that the knee is at: would they do better there?"""
         for number in range(self._plan.passes):
             self._progress.begin_pass("one-shots", self._share_done())
             self._one_shot_passes.append(await self._measure_pool(self._pool("one-shots", 1, size), one_shots=True))
             if number == 0 and (reading := self.one_shots):
                 self._progress.reading("one-shots", reading)
-            await self._measure_size(size)
 
     async def _measure_pool(self, pool: Pool, *, one_shots: bool) -> Pass:
         plan = self._plan
@@ -190,4 +188,4 @@ class Sweep:
 
     def _share_done(self) -> float:
         done = sum(map(len, self._passes.values())) + len(self._one_shot_passes)
-        return done / (self._plan.passes * (len(self._plan.sizes) + 2 * self._plan.one_shots))
+        return done / (self._plan.passes * (len(self._plan.sizes) + self._plan.one_shots))
