@@ -135,8 +135,9 @@ def _draw_one_shots(axes: Axes, report: Report, top: float) -> float:
     rate = report.one_shots.rate
     label = f"one-shots on {count_of(report.one_shots.size, 'connection')}: {rate_of(report.one_shots)}"
     in_view = rate <= top * HIGHEST_IN_VIEW
-    # Where the curve is not: it begins low on the left.
-    is_low = rate < top * 0.8
+    # On the left, where the curve begins low; but on the right, below it, if the line is as low.
+    first_half = report.readings[: (len(report.readings) + 1) // 2]
+    is_low = rate < 1.1 * max(max(reading.rates) for reading in first_half)
     if in_view:
         axes.axhline(rate, color=GREEN, linewidth=2, linestyle=DASHES)
     axes.annotate(
