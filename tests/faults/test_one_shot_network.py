@@ -172,8 +172,10 @@ async def test_a_silent_lane_for_which_nobody_waits_gives_up_its_place(
         with ends_within((timeout or 0) + CANCEL_TIMEOUT + CHECK_TIMEOUT, "a place on a silent lane"):
             async with pool.acquire(timeout=20) as conn:
                 await conn.execute("select 1")
-        expected = StatementTimeout if end == "timeout" else asyncio.CancelledError
-        assert {type(error) for error in await ended(tasks)} == {expected}
+        found = {type(error) for error in await ended(tasks)}
+        if end == "timeout":
+            found.discard(PoolTimeout)  # of those that were not sent: a lane takes so much work and no more
+        assert found == {StatementTimeout if end == "timeout" else asyncio.CancelledError}
         proxy.clear()
 
 
