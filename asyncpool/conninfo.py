@@ -33,6 +33,7 @@ SECRET_OPTIONS = frozenset(
 )
 
 # What other drivers and pools call these options, where the spelling alone does not lead there.
+_CONNINFOS = ("dsn", "url", "uri")
 _OTHER_NAMES = {
     "database": "dbname",
     "db": "dbname",
@@ -44,7 +45,7 @@ _OTHER_NAMES = {
     "max_inactive_connection_lifetime": "max_idle",
     "max_queries": "max_uses",
     "init": "configure",
-    "dsn": "dbname",
+    "size": "max_size",
     "pool_size": "max_size",
     "max_overflow": "max_size",
     "pool_recycle": "max_lifetime",
@@ -108,6 +109,8 @@ _DROPPED = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 
+_UNKNOWN_OPTION = re.compile(r'invalid (?:URI query parameter:|connection option) "([^"]*)"')
+
 # Their values libpq reads only when it has a socket to set them on.
 _INTEGERS = ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout")
 _INTEGER = re.compile(r"\s*[+-]?[0-9]{1,9}\s*", re.ASCII)
@@ -123,6 +126,8 @@ def check_option_names(names: Iterable[str], known: Iterable[str], called: str =
         if name in known:
             continue
         message = f"{called}() got an unknown option {name!r}"
+        if name in _CONNINFOS:
+            raise TypeError(f"{message}: did you mean 'conninfo', the first argument?")
         nearest = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
         nearest += difflib.get_close_matches(name, sorted(known), n=1)
         raise TypeError(f"{message}: did you mean {nearest[0]!r}?" if nearest else message)
@@ -191,7 +196,14 @@ def _merge(conninfo: str, overrides: Mapping[str, str | int | None]) -> tuple[st
 
 
 def _drop_quoted(message: str) -> str:
-    return _DROPPED.sub(lambda match: f'{match["before"]}"{MASK}"', message.strip())
+    return _DROPPED.sub(lambda match: f'{match["before"]}"{MASK}"', message.strip()) + _nearest_option(message)
+
+
+def _nearest_option(message: str) -> str:
+    """What was meant by a parameter that there is none of. It is not named itself: it may be a piece of a password."""
+    named = _UNKNOWN_OPTION.search(message)
+    nearest = difflib.get_close_matches(named[1], sorted(LIBPQ_OPTIONS), n=1, cutoff=0.8) if named else []
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
 
 
 def _find_bad_value(params: ConnDict) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -69,9 +68,9 @@ class Histogram:
             below += count
         return 0.0
 
-    def cumulative(self) -> Iterator[tuple[float, int]]:
+    def cumulative(self) -> list[tuple[float, int]]:
         """Each bound, in seconds, and how many durations do not exceed it."""
-        return zip(BOUNDS, accumulate(self.counts), strict=False)
+        return list(zip(BOUNDS, accumulate(self.counts), strict=False))
 
 
 EMPTY = Histogram((0,) * (len(BOUNDS) + 1), 0.0, 0.0)

@@ -202,7 +202,7 @@ class Pool(Generic[C]):
         if not runner.closing.done() and (holders := self.holders()):
             logger.log(
                 logging.INFO if timeout == 0 else logging.WARNING,  # at once, whoever holds them: as was asked
-                "%s: closing with %d connections in use, acquired at %s",
+                "%s: closing with connections in use (%d), acquired at %s",
                 self.name,
                 len(holders),
                 "; ".join(holder.site for holder in holders),

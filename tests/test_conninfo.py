@@ -456,3 +456,16 @@ def test_only_host_names_without_address_need_a_lookup(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert needs_lookup(parse(conninfo, {})) is expected
+
+
+@pytest.mark.parametrize("conninfo", ["postgresql://h/d?conect_timeout=3", "host=h conect_timeout=3"])
+def test_a_parameter_that_there_is_none_of_is_answered_with_the_nearest(conninfo: str) -> None:
+    with pytest.raises(psycopg.ProgrammingError, match=r"\(did you mean 'connect_timeout'\?\)") as error:
+        parse(conninfo, {})
+    assert "conect_timeout" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["dsn", "url", "uri"])
+def test_a_connection_string_by_another_name_is_told_its_own(name: str) -> None:
+    with pytest.raises(TypeError, match="did you mean 'conninfo', the first argument"):
+        check_option_names([name], ["conninfo", "host"])

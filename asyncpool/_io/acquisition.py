@@ -158,6 +158,12 @@ class Acquisition(Generic[C]):
         def __aexit__(self, exc_type, exc, tb):
             return self._exit(exc_type)
 
+        def __enter__(self):
+            raise TypeError("what acquire() returns wants `async with`; SyncPool is the pool for `with`")
+
+        def __exit__(self, *_):
+            """Python looks for it before it calls __enter__."""
+
         def __getattr__(self, name):
             # It has not what a connection has, for which somebody takes it.
             words = "`await` what acquire() returns, or use `async with`, to get a connection"

@@ -34,11 +34,12 @@ def holds(slot: Slot, owner: object) -> bool:
 
 def _holder(slot: Slot, session: Session, now: float) -> Holder:
     status = TransactionStatus(session.pgconn.transaction_status)
-    owner = "" if session.site_code is LANE else _name_of(session)
+    owner = "" if session.site_code is LANE else name_of_holder(session)
     return Holder(session.site, now - slot.leased_at, session.backend_pid, session.stack, owner, _WORDS[status])
 
 
-def _name_of(session: Session) -> str:
+def name_of_holder(session: Session) -> str:
+    """The task or thread that took the current lease."""
     holder = session.holder() if session.holder is not None else None
     if holder is None:
         return "a task that has ended"

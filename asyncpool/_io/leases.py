@@ -24,6 +24,7 @@ from ..events import Acquired, CloseReason, Released
 from ..histogram import SHORTEST, Durations
 from .client_state import read_client_state
 from .connection import Leased, describe_unfinished
+from .holders import name_of_holder
 from .log import Log, logger
 from .observation import Observations
 from .reader import BAD
@@ -278,10 +279,11 @@ class Leases:
                 continue
             session.held_warned = session.is_noted = True
             logger.warning(
-                "%s: a connection is held for %.3g s, longer than long_held_after=%.3g s (acquired at %s)",
+                "%s: a connection is held for %.3g s, longer than long_held_after=%.3g s (by %s, acquired at %s)",
                 self._config.name,
                 now - slot.leased_at,
                 limit,
+                name_of_holder(session),
                 session.stack or session.site,
             )
         self._held_timer = self._loop.call_later(due - now, self.watch_long_held)

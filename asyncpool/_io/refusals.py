@@ -35,8 +35,8 @@ def refused(runner: Runner, refuse: Refuse, began: float) -> PoolError:
         return TooManyWaiting(f"{name}: {runner.waiting} callers are waiting, as max_waiting allows")
     if refuse.refusal is Refusal.DEADLOCK:
         return PoolDeadlock(
-            f"{name}: all {runner.machine.size} connections are held by blocks that wait for another one, acquired at"
-            f" {_sites(runner)}: let a task hold one at a time, or pass on the one that it has (one-shot statements"
+            f"{name}: every connection ({runner.machine.size}) is held by a block that waits for another one, acquired"
+            f" at {_sites(runner)}: let a task hold one at a time, or pass on the one that it has (one-shot statements"
             " inside of a block: run them on the block's connection)"
         )
     if refuse.refusal is Refusal.TIMEOUT:

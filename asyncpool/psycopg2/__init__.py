@@ -31,7 +31,7 @@ from psycopg import (
     Warning,  # noqa: A004  # PEP 249 calls it so
 )
 
-from . import errors, pool, sql
+from . import absent, errors, pool, sql
 from .connection import connect
 
 apilevel = "2.0"
@@ -73,8 +73,5 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in ("extras", "extensions"):
-        raise AttributeError(
-            f"{__name__} has no {name}: for rows as dictionaries give row_factory=psycopg.rows.dict_row, for much data"
-            " use cursor.executemany() or cursor.copy()"
-        )
+        raise AttributeError(absent.what_to_use_for(name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -62,7 +62,7 @@ async def test_of_tasks_that_each_hold_one_and_want_another_the_last_is_told_and
 
 async def test_a_task_that_enters_a_second_block_of_a_pool_of_one_is_told_at_once(dsn: str) -> None:
     async with Pool(dsn, max_size=1) as pool:
-        with pytest.raises(PoolDeadlock, match="held by blocks"):
+        with pytest.raises(PoolDeadlock, match="is held by a block"):
             async with pool.acquire(), pool.acquire(timeout=LONG):
                 pass
         async with pool.transaction():

@@ -151,7 +151,7 @@ async def test_close_shuts_down_what_is_not_returned_in_time_and_names_who_holds
     with pytest.raises(psycopg.OperationalError):
         await holder
     (warning,) = warnings_of(caplog)
-    assert "2 connections in use" in warning
+    assert "connections in use (2)" in warning
     for function in (sleep_on_server, test_close_shuts_down_what_is_not_returned_in_time_and_names_who_holds_it):
         assert f"in {function.__qualname__}" in warning
     first_line = sleep_on_server.__code__.co_firstlineno

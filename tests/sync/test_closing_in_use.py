@@ -135,7 +135,7 @@ def test_close_waits_as_long_as_it_was_told_and_names_who_holds_on(
     assert 0.2 <= time.monotonic() - began < 4
     assert isinstance(running.error(), psycopg.OperationalError)
     [warning] = warnings_of(caplog)
-    assert "orders: closing with 1 connections in use" in warning
+    assert "orders: closing with connections in use (1)" in warning
     assert warning.endswith("sleep_in_a_function_of_mine")
 
 
