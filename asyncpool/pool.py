@@ -525,9 +525,9 @@ class Pool(Generic[C]):
         if not callable(observer):
             raise TypeError(f"observer must be a callable that takes an event, not {shown(observer)}")
         observation = self._observations.add(observer)
-        weakref.finalize(self, observation.stop)
-        if self._runner is not None:
-            self._runner.find_plain()
+        ending = weakref.finalize(self, observation.stop)
+        ending.atexit = False
+        observation.at_stop = ending.detach  # else the pool would keep it, and the observer
         return observation
 
     # --- refusals -------------------------------------------------------------------------------------------

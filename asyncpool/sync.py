@@ -593,7 +593,6 @@ class SyncPool(Generic[C]):
             self._forked = runner.machine.phase in (PoolPhase.OPENING, PoolPhase.OPEN)
             self._pool._runner = None
             runner.disown()
-        self._pool._observations.restart()
 
 
 def _until(deadline: float) -> float:

@@ -1,6 +1,6 @@
 """Imports go one way, and the core decides without I/O: read from the source, so that no import is missed.
 
-errors, config, conninfo, events, options <- _core <- _io <- pool <- sync <- psycopg2; cli above all
+errors, config, conninfo, events, options <- _core <- _io <- pool <- sync <- psycopg2, metrics; cli above all
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLOORS = (
     {"_io"},
     {"pool"},
     {"sync"},
-    {"psycopg2"},
+    {"psycopg2", "metrics"},
     {""},  # __init__: the public names
     {"cli"},
     {"__main__"},
@@ -136,12 +136,26 @@ def test_no_import_hides_in_a_function_outside_the_cli() -> None:
     assert wrong == []
 
 
+def test_the_metrics_know_of_the_pools_only_what_users_know() -> None:
+    allowed = {"asyncpool.events", "asyncpool.histogram", "asyncpool.pool", "asyncpool.sync"}
+    inside = {
+        found.module
+        for found in all_imports()
+        if found.file.startswith("metrics/") and room_of_module(found.module) is not None
+    }
+    assert inside <= allowed
+
+
 def test_nothing_is_imported_at_run_time_but_the_declared_dependencies() -> None:
+    """The metrics, which users import by name, may import what their extra brings."""
+    extras = {"metrics/opentelemetry.py": {"opentelemetry"}, "metrics/prometheus.py": {"prometheus_client"}}
     allowed = set(sys.stdlib_module_names) | {"asyncpool", "psycopg", "anyio"}
     outside = {
         found.module.split(".")[0]
         for found in all_imports()
-        if not found.file.startswith("cli/") and not found.for_types_only
+        if not found.file.startswith("cli/")
+        and not found.for_types_only
+        and found.module.split(".")[0] not in extras.get(found.file, set())
     }
     assert outside <= allowed
 

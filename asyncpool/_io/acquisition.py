@@ -87,7 +87,8 @@ class Acquisition(Generic[C]):
             return connection  # type: ignore[no-any-return]  # of the class that the pool was given
         self._lease = lease
         self._connection = connection = runner.leases.begin(session, connection, now)
-        yield from self._set_up(connection).__await__()
+        if runner.config.setup is not None:
+            yield from self._set_up(connection).__await__()
         if session.lease != lease:
             raise PoolError(f"{runner.config.name}: setup has given its connection back")
         return connection  # type: ignore[no-any-return]  # as above
@@ -130,8 +131,6 @@ class Acquisition(Generic[C]):
 
     async def _set_up(self, connection: PooledConnection) -> None:
         runner = self._runner
-        if runner.config.setup is None:
-            return
         session = connection._session
         try:
             await runner.driver.set_up_lease(connection)

@@ -97,6 +97,7 @@ class Runner:
         self.machine = self._make_machine()
         self.watch: DisconnectWatch[Session] = DisconnectWatch(self.loop, self._on_disconnect)
         self.observations = observations
+        observations.on_change = weakref.WeakMethod(self.find_plain)
         self.leases = self._leases_class(config, self.machine, self.watch, self.perform, observations, debug=debug)
         self.log = self.leases.log
         self.waits = Durations()
