@@ -35,7 +35,7 @@ from asyncpool.events import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from kit.servers import Admin
 
@@ -93,6 +93,12 @@ async def use(pool: Pool) -> None:
         pass
 
 
+def is_plain(pool: Pool) -> bool:
+    """Whether its leases take the shortest way."""
+    assert pool._runner is not None
+    return pool._runner.is_plain
+
+
 @pytest.fixture(autouse=True)
 def every_thread_ends() -> Iterator[None]:
     """Those of a test's observers, when these are stopped; the tests of this process are not the only ones."""
@@ -111,9 +117,8 @@ async def test_a_lease_is_told_from_connecting_to_the_end(dsn: str) -> None:
     pool = Pool(dsn, name="p", min_size=1, max_size=1)
     observation = pool.observe(record)
     before = time.monotonic()
-    async with pool:
-        async with pool.acquire():
-            await asyncio.sleep(0.02)
+    async with pool, pool.acquire():
+        await asyncio.sleep(0.02)
     after = time.monotonic()
     observation.flush()
     assert record.kinds() == [Connecting, Connected, Acquired, Released, ConnectionClosed]
@@ -313,14 +318,12 @@ async def test_what_happened_before_the_stop_is_told_and_nothing_after_it(dsn: s
 async def test_a_pool_whose_last_observer_has_stopped_is_as_quick_as_one_that_never_had_any(dsn: str) -> None:
     async with Pool(dsn) as pool:
         observation = pool.observe(Record())
-        assert pool._runner is not None
-        assert not pool._runner.is_plain
+        assert not is_plain(pool)
         observation.stop()
-        async with pool.acquire():
-            pass
-        assert pool._runner.is_plain
+        await use(pool)
+        assert is_plain(pool)
         pool.observe(Record())
-        assert not pool._runner.is_plain
+        assert not is_plain(pool)
 
 
 async def test_a_pool_does_not_keep_an_observer_that_was_stopped(dsn: str) -> None:
@@ -451,9 +454,10 @@ def test_an_observer_that_is_slow_is_told_all_in_order() -> None:
 
 
 def test_one_that_flushes_itself_is_told_each_event_once_and_in_order() -> None:
-    flushes: list[Callable[[], None]] = []
-    observations, observation, events = told(*[lambda: flushes[0]()] * 50)
-    flushes.append(observation.flush)
+    def flush() -> None:
+        observation.flush()
+
+    observations, observation, events = told(*[flush] * 50)
     for number in range(50):
         observations.note(Queued, number)
     eventually_blocking(lambda: len(events) == 50)
@@ -463,9 +467,10 @@ def test_one_that_flushes_itself_is_told_each_event_once_and_in_order() -> None:
 
 
 def test_one_that_stops_itself_hears_the_rest_of_what_had_happened() -> None:
-    stops: list[Callable[[], None]] = []
-    observations, observation, events = told(lambda: stops[0]())
-    stops.append(observation.stop)
+    def stop() -> None:
+        observation.stop()
+
+    observations, observation, events = told(stop)
     for _ in range(3):
         observations.note(Connecting)
     eventually_blocking(lambda: len(events) == 3)
@@ -474,7 +479,12 @@ def test_one_that_stops_itself_hears_the_rest_of_what_had_happened() -> None:
 
 def test_what_happens_while_one_is_told_and_then_stopped_is_told_too() -> None:
     is_told, goes_on = threading.Event(), threading.Event()
-    observations, observation, events = told(lambda: is_told.set() or goes_on.wait(20))
+
+    def hang() -> None:
+        is_told.set()
+        goes_on.wait(20)
+
+    observations, observation, events = told(hang)
     observations.note(Connecting)
     assert is_told.wait(20)
     observations.note(Connecting)
