@@ -70,6 +70,8 @@ class Observation:
         self._forks = 0  # under way: for so long there is no thread
         self._wakes: SimpleQueue[None] = SimpleQueue()  # whose put() a finalizer may call at any moment
         self._thread: threading.Thread | None = None
+        self._running = threading.Lock()  # held by the thread
+        self._teller = 0  # its identity
 
     # --- in the pool's threads ------------------------------------------------------------------------------
 
@@ -90,10 +92,14 @@ class Observation:
             self._log("it is too slow", None)  # from here: one that hangs does not let its own thread say so
 
     def _wake(self) -> None:
-        self._is_woken = True
-        self._wakes.put(None)
-        if self._thread is None:
-            self._start()
+        try:
+            self._is_woken = True
+            self._wakes.put(None)
+            if self._thread is None:
+                self._start()
+        except BaseException:
+            self._is_woken = False  # it was Ctrl-C, or a lack of threads: the next event tries again
+            raise
 
     def _start(self) -> None:
         with self._counting:
@@ -105,7 +111,6 @@ class Observation:
             thread.start()
         except BaseException:
             self._thread = None
-            self._is_woken = False  # the next event tries again
             raise
 
     def stop(self) -> None:
@@ -117,6 +122,9 @@ class Observation:
     # --- telling --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if not self._running.acquire(blocking=False):
+            return  # Ctrl-C struck while the first was started, which has come all the same
+        self._teller = threading.get_ident()
         ends = False
         while not ends:
             self._wait()
@@ -125,8 +133,8 @@ class Observation:
             self._tell_with_rests()
             self._log_what_is_left()
         with self._counting:
-            if self._thread is threading.current_thread():
-                self._thread = None
+            self._thread = None
+            self._running.release()
         if self._events and not self.is_stopped:
             self._wake()  # it was too late for a pause that is over
 
@@ -170,7 +178,7 @@ class Observation:
         try:
             self._observer(kind(self._pool_name, at, *details))
         except BaseException as error:
-            if not isinstance(error, Exception) and threading.current_thread() is not self._thread:
+            if not isinstance(error, Exception) and threading.get_ident() != self._teller:
                 raise  # Ctrl-C, or what else is for whoever flushes
             self._errors += 1
             if monotonic() >= self._logged_at + TOLD_EVERY:

@@ -360,6 +360,56 @@ async def test_the_thread_of_a_dropped_pool_ends(dsn: str) -> None:
     assert record.kinds()[:4] == [Connecting, Connected, Acquired, Released]
 
 
+def test_the_thread_of_a_dropped_blocking_pool_ends(dsn: str) -> None:
+    record = Record()
+    pools = [SyncPool(dsn, min_size=1)]
+    pools[0].observe(record)
+    pools[0].open()
+    with pools[0].acquire():
+        pass
+    assert len(tellers()) == 1
+    with pytest.warns(ResourceWarning, match="dropped without being closed"):
+        pools.clear()
+    gc.collect()
+    eventually_blocking(lambda: not tellers())
+    assert record.kinds()[:4] == [Connecting, Connected, Acquired, Released]
+
+
+def test_ctrl_c_while_an_event_is_noted_costs_no_other_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    observations, observation, events = told()
+
+    class Struck:
+        def put(self, _: None) -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(observation, "_wakes", Struck())
+        with pytest.raises(KeyboardInterrupt):
+            observations.note(Connecting)
+    observations.note(Connecting)
+    eventually_blocking(lambda: len(events) == 2)
+
+
+def test_ctrl_c_while_the_thread_is_started_leaves_one_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def start_and_be_struck(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_and_be_struck)
+        with pytest.raises(KeyboardInterrupt):
+            told()
+    [observation] = [each for each in observation_module._all if not each.is_stopped]
+    events: list[Event] = []
+    observation._observer = events.append
+    for number in range(1, 4):
+        observation.note((Connecting, 0.0, ()))
+        eventually_blocking(lambda number=number: len(events) == number)
+    assert len(tellers()) == 1
+
+
 async def test_a_pool_that_is_opened_again_goes_on_telling(dsn: str) -> None:
     record = Record()
     pool = Pool(dsn, min_size=1)
