@@ -25,7 +25,7 @@ MAX_BEHIND = 100_000
 GATHERING = 0.02
 # How many are told in a row, or this share of those that wait if that is more, and the seconds of rest before the next:
 # without it the pool's own thread, when its socket is ready, waits for the interpreter until all are told, or 5 ms.
-IN_A_ROW, SHARE_IN_A_ROW = 16, 64
+IN_A_ROW, SHARE_IN_A_ROW = 16, 512
 REST = 0.00005
 # Seconds between two lines in the log about the same observer.
 TOLD_EVERY = 60.0

@@ -138,7 +138,8 @@ assert hangs.wait(10)
 
 def live():
     use(pool)
-    eventually(lambda: any(isinstance(event, Acquired) for event in heard))
+    eventually(lambda: any(isinstance(event, Released) for event in heard))
+    assert [type(event) for event in heard if isinstance(event, (Acquired, Released))] == [Acquired, Released]
 
 wait_for(fork(live))
 goes_on.set()
