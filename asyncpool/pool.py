@@ -520,7 +520,8 @@ class Pool(Generic[C]):
         of its own, some 20 ms after it has happened; until `stop()` of what is returned.
 
         Its errors are logged, and its pace is not the pool's: if it is more than 100,000 events behind, what comes then
-        is not told, which the log says. Raises TypeError if it cannot be called.
+        is not told, which the log says. It ends with the pool, unless the observer itself refers to that. Raises
+        TypeError if it cannot be called.
         """
         if not callable(observer):
             raise TypeError(f"observer must be a callable that takes an event, not {shown(observer)}")

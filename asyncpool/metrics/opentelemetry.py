@@ -28,7 +28,7 @@ POOL_NAME = "db.client.connection.pool.name"
 STATE = "db.client.connection.state"
 
 # Of the conventions whose names these are. https://opentelemetry.io/docs/specs/semconv/database/database-metrics/
-SCHEMA_URL = "https://opentelemetry.io/schemas/1.40.0"
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 
 # The conventions advise of none for these three. From less than a round trip to longer than the default
 # `acquire_timeout`, in seconds.

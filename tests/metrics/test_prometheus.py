@@ -182,7 +182,7 @@ async def test_pools_are_told_apart_and_a_closed_one_starts_at_zero_when_it_is_o
 
 def test_a_blocking_pool_behind_a_wsgi_application(dsn: str) -> None:
     class Silent(WSGIRequestHandler):
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name in the base class
             """Nothing."""
 
     registry = CollectorRegistry()
