@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Any
@@ -23,9 +24,9 @@ Note = tuple[type[Event], float, tuple[Any, ...]]
 MAX_BEHIND = 100_000
 # Seconds for which events are gathered: waking a thread for each of them would take more of a service's time than they.
 GATHERING = 0.02
-# How many are told in a row, or this share of those that wait if that is more, and the seconds of rest before the next:
+# Seconds for which it is told without a rest, or so much for each that waits if that is more, and the seconds of rest:
 # without it the pool's own thread, when its socket is ready, waits for the interpreter until all are told, or 5 ms.
-IN_A_ROW, SHARE_IN_A_ROW = 16, 512
+IN_A_ROW, FOR_EACH = 0.0001, 1e-8
 REST = 0.00005
 # Seconds between two lines in the log about the same observer.
 TOLD_EVERY = 60.0
@@ -142,9 +143,8 @@ class Observation:
         """All that has happened so far, so that the pool's own thread need not wait for the end of it."""
         left = len(self._events)
         while left > 0:
-            number = max(IN_A_ROW, left // SHARE_IN_A_ROW)
-            self._tell(number)
-            left -= number
+            told = self._tell(left, max(IN_A_ROW, left * FOR_EACH))
+            left = left - told if told else 0  # 0: somebody else has flushed
             if left > 0:
                 sleep(REST)
 
@@ -161,18 +161,25 @@ class Observation:
 
         Called by the observer itself it does nothing: what is left is told when that has returned.
         """
-        self._tell(len(self._events))
+        self._tell(len(self._events), inf)
 
-    def _tell(self, number: int) -> None:
+    def _tell(self, number: int, seconds: float) -> int:
+        """At most so many, and no further one when so many seconds are over. How many it were."""
         with self._telling:
             if self._is_telling:
-                return
+                return 0
             self._is_telling = True
+            told = 0
+            end = monotonic() + seconds
             try:
-                for _ in range(min(number, len(self._events))):
+                while told < number and self._events:
+                    told += 1
                     self._tell_of(*self._events.popleft())
+                    if monotonic() >= end:
+                        break
             finally:
                 self._is_telling = False
+        return told
 
     def _tell_of(self, kind: type[Event], at: float, details: tuple[Any, ...]) -> None:
         try:
