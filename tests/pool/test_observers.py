@@ -507,7 +507,7 @@ def test_an_observer_that_is_slow_is_told_all_in_order() -> None:
 def test_all_are_told_however_little_is_told_without_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observation_module, "IN_A_ROW", -1.0)
     monkeypatch.setattr(observation_module, "FOR_EACH", -1.0)
-    observations, observation, events = told()
+    observations, _, events = told()
     for number in range(50):
         observations.note(Queued, number)
     eventually_blocking(lambda: len(events) == 50, timeout=5)
