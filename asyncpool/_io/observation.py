@@ -200,7 +200,8 @@ class Observation:
             errors, dropped = self._errors - self._logged[0], self._dropped - self._logged[1]
             self._logged_at, self._logged = monotonic(), (self._errors, self._dropped)
         text = "%s: an observer has failed on %d events, and %d were dropped; %s"
-        logger.log(logging.WARNING, text, self._pool_name, errors, dropped, what, exc_info=error)
+        with contextlib.suppress(Exception):  # of the user's handlers: the pool's thread may be here
+            logger.log(logging.WARNING, text, self._pool_name, errors, dropped, what, exc_info=error)
 
     # --- fork -----------------------------------------------------------------------------------------------
 

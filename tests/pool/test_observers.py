@@ -463,6 +463,27 @@ def test_errors_are_logged_once_a_minute_with_their_number(
     observation.stop()
 
 
+def test_a_log_handler_that_raises_harms_neither_the_pool_nor_the_telling(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(observation_module, "MAX_BEHIND", 1)
+    monkeypatch.setattr(observation_module, "TOLD_EVERY", 0.0)
+    logger, broken = logging.getLogger("asyncpool"), Broken()
+    logger.addHandler(broken)
+    try:
+        observations, observation, events = told(ValueError("no"))
+        for _ in range(3):
+            observations.note(Connecting)
+        eventually_blocking(lambda: len(events) == 1)
+        observations.note(Connecting)
+        eventually_blocking(lambda: len(events) == 2)
+    finally:
+        logger.removeHandler(broken)
+    assert observation.dropped == 2
+
+
 async def test_an_observer_that_hangs_holds_up_nobody_and_what_it_misses_is_counted(
     dsn: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
