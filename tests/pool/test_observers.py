@@ -474,8 +474,9 @@ def test_a_log_handler_that_raises_harms_neither_the_pool_nor_the_telling(monkey
     logger.addHandler(broken)
     try:
         observations, observation, events = told(ValueError("no"))
-        for _ in range(3):
-            observations.note(Connecting)
+        with observation._telling:  # so that its thread is behind
+            for _ in range(3):
+                observations.note(Connecting)
         eventually_blocking(lambda: len(events) == 1)
         observations.note(Connecting)
         eventually_blocking(lambda: len(events) == 2)
