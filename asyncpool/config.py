@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -46,6 +48,7 @@ class PoolConfig:
     check: ConnectionCallback | None = None
     setup: ConnectionCallback | None = None
     long_held_after: float | None = None
+    monitor: str | os.PathLike[str] | None = None
     debug: bool | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +70,9 @@ class PoolConfig:
                 raise TypeError(f"{option} must be a callable that takes a connection, not {shown(value)}")
         if self.debug is not None:
             check_bool("debug", self.debug)
+        if self.monitor is not None:
+            # As text from here on: asked again, it might say something else.
+            object.__setattr__(self, "monitor", check_socket_path("monitor", self.monitor))
 
     def _check_numbers(self) -> None:
         _check_int("max_connecting", self.max_connecting, at_least=1)
@@ -140,6 +146,34 @@ def check_one_shot(timeout: object, retry: object, binary: object, row_factory: 
         check_bool("binary", binary)
     if row_factory is not None and not callable(row_factory):
         raise TypeError(f"row_factory must be a callable, as psycopg's are, not {shown(row_factory)}")
+
+
+# What a Unix socket's address has room for, in bytes, beside the zero at its end: 108 on Linux, 104 elsewhere.
+SOCKET_PATH_LENGTH = 107 if sys.platform == "linux" else 103
+
+
+def check_socket_path(option: str, value: object) -> str:
+    """The path, as text. Raises TypeError or ValueError unless a Unix socket can be there, and be here at all."""
+    try:
+        path: object = os.fspath(value)  # type: ignore[call-overload]  # whatever it is
+    except Exception:  # noqa: BLE001  # of whatever kind: it is no path
+        path = None
+    if not isinstance(path, str):
+        raise TypeError(f"{option} must be the path of a socket, a str or os.PathLike, not {shown(value)}")
+    if not hasattr(socket, "AF_UNIX"):
+        raise ValueError(f"{option} needs Unix sockets, which Python does not have on this system: leave it out")
+    if not path or "\0" in path:
+        raise ValueError(f"{option} must be the path of a socket, not {shown(value)}")
+    try:
+        length = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        raise ValueError(f"{option} must be a path that this system can encode, not {shown(value)}") from None
+    if length > SOCKET_PATH_LENGTH:
+        raise ValueError(
+            f"{option} is a path of {length} bytes, and a Unix socket's may have {SOCKET_PATH_LENGTH} here: choose a"
+            f" shorter one, such as /run/user/1000/app.sock"
+        )
+    return path
 
 
 def _check_int(option: str, value: object, *, at_least: int) -> None:

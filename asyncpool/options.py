@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -32,6 +33,7 @@ class CommonOptions(TypedDict, total=False):
     check_timeout: float
     cancel_timeout: float
     long_held_after: float | None
+    monitor: str | os.PathLike[str] | None
     debug: bool | None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import warnings
 import weakref
@@ -27,6 +28,7 @@ from ._io.driver import Conninfo, Driver, check_event_loop
 from ._io.holders import holders_of
 from ._io.leases import Leases
 from ._io.log import logger
+from ._io.monitor import listen
 from ._io.observation import Observation, Observations
 from ._io.one_shot import TaskOneShot, one_shot, rows_of, run_many
 from ._io.refusals import timed_out
@@ -117,6 +119,7 @@ class Pool(Generic[C]):
         self._driver = self._driver_class(self._config, conninfo, given)
         self._sizes = self._config.min_size, self._config.max_size
         self._observations = Observations(self._config.name)
+        self._made_by = os.getpid()
 
     def __repr__(self) -> str:
         runner = self._runner
@@ -137,8 +140,9 @@ class Pool(Generic[C]):
         `acquire_timeout`; None waits for ever; 0 makes one round and raises its error.
 
         Raises the server's own error if it is final (wrong password, unknown database), and PoolTimeout, with the
-        last connect error as its cause, if the server is not there in time. After an error, or a cancellation,
-        the pool is closed, for which sessions that were there, or half there, are given up to `check_timeout`.
+        last connect error as its cause, if the server is not there in time; PoolError if it cannot listen where the
+        `monitor` option says. After an error, or a cancellation, the pool is closed, for which sessions that were
+        there, or half there, are given up to `check_timeout`.
         """
         check_event_loop()
         limit = self._config.acquire_timeout if isinstance(timeout, Default) else timeout
@@ -174,10 +178,12 @@ class Pool(Generic[C]):
                 if runner.phase is PoolPhase.CLOSING:
                     raise PoolClosed(f"{self.name} is being closed: await close() before opening it again")
                 return runner
+        path = self._config.monitor
+        listener = None if path is None else listen(path, self.name, made_by=self._made_by)
         debug = self._config.debug if self._config.debug is not None else sys.flags.dev_mode
         self._runner = runner = self._runner_class(self._config, self._driver, self._observations, debug=debug)
         runner.machine.min_size, runner.machine.max_size = self._sizes
-        runner.open(single_round=single_round)
+        runner.open(single_round=single_round, listener=listener)
         return runner
 
     async def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:

@@ -48,11 +48,13 @@ from .connect_errors import ConnectFailed, words_of
 from .driver import Driver, Unusable
 from .leases import Leases
 from .log import logger
+from .monitor import Listener, Monitor
 from .multiplexer import Multiplexer
 from .observation import Observations
 from .refusals import describe_connect_error, describe_sizes, refused
 from .session import SEVERED, Session
 from .site import is_generator
+from .snapshot import Snapshots
 from .watch import DisconnectWatch
 
 
@@ -114,6 +116,7 @@ class Runner:
         self._tasks: dict[Slot, asyncio.Task[None]] = {}
         self._scopes: dict[Slot, anyio.CancelScope] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._monitor: Monitor | None = None
         self.multiplexer = Multiplexer(self, config.lanes)
         # `setup` is for each acquire, and a lane is none that anybody has asked for.
         self.shares_lanes = config.lanes > 0 and config.setup is None
@@ -165,9 +168,11 @@ class Runner:
         """The pool's phase; CLOSED when the loop is gone, whatever was left in it."""
         return PoolPhase.CLOSED if self.loop.is_closed() else self.machine.phase
 
-    def open(self, *, single_round: bool) -> None:
-        """Start connecting. `single_round`: the first error ends it."""
+    def open(self, *, single_round: bool, listener: Listener | None = None) -> None:
+        """Start connecting. `single_round`: the first error ends it. Who connects to `listener` is told how it goes."""
         self._single_round = single_round
+        if listener is not None:
+            self._monitor = Monitor(listener, self.loop, self.context, Snapshots(self).take)
         self.perform(self.machine.open(monotonic(), single_round=single_round))
         if self.config.long_held_after is not None:
             self.leases.watch_long_held()
@@ -213,6 +218,11 @@ class Runner:
                 slot.resource.abandon()
         self.driver.abandon()
         self.watch.close()
+        self._close_monitor()
+
+    def _close_monitor(self) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
 
     def _stop_timers(self) -> None:
         self.leases.stop()
@@ -224,6 +234,7 @@ class Runner:
     def _on_closed(self, _: Closed) -> None:
         self._stop_timers()
         self.watch.close()
+        self._close_monitor()
         self.log.close()
         _resolve(self.closing)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from .._core.states import PoolPhase, SlotState
 from ..events import PoolStats
 from ..histogram import EMPTY
-from .runner import Runner
+
+if TYPE_CHECKING:
+    from .runner import Runner
 
 
 def stats_of(name: str, sizes: tuple[int, int], runner: Runner | None, abandoned: int) -> PoolStats:
