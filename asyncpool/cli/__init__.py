@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from asyncpool.cli import demo, doctor, tune
+from asyncpool.cli import demo, top
 from asyncpool.cli.extras import MissingExtra
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_command(commands)
     doctor.add_command(commands)
     tune.add_command(commands)
+    top.add_command(commands)
     parsed = parser.parse_args(arguments)
     try:
         status: int = parsed.run(parsed, parser)
