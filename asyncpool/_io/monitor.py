@@ -34,6 +34,8 @@ STALE_AFTER = 0.1
 # More than people look at; each may make the system keep a few hundred kilobytes.
 MOST_CLIENTS = 8
 SEND_BUFFER = 256 * 1024
+# Those who come while the event loop is at something else: beyond these the system sends them away.
+BACKLOG = 128
 # Seconds in which nobody is let in after the process had no descriptor left for a client.
 PAUSE = 1.0
 # How often another pool that is just putting its socket into the same directory is waited for, and how long: it takes
@@ -56,7 +58,7 @@ class Listener:
             with _alone_in(os.path.dirname(path) or "."):
                 _bind(self.socket, path)
                 self._finalizer = weakref.finalize(self, _remove, os.path.abspath(path), os.lstat(path), os.getpid())
-                self.socket.listen(MOST_CLIENTS)
+                self.socket.listen(BACKLOG)
         except BaseException:
             self.socket.close()
             raise

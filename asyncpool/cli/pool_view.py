@@ -202,9 +202,14 @@ def _holders_table(holders: list[Holder], width: int) -> Table:
         cells = [Text(duration(holder.held_for))]
         if wide:
             style = "red" if state == "failed" else ""
-            cells += [Text(state, style=style), Text(str(holder.backend_pid)), Text(holder.owner)]
+            cells += [Text(state, style=style), Text(str(holder.backend_pid)), Text(_name(holder.owner))]
         table.add_row(*cells, Text(shortened(holder.site, left)))
     return table
+
+
+def _name(owner: str) -> str:
+    """Without the word for what it is: the column is narrow, and the name tells."""
+    return owner.removeprefix("task ").removeprefix("thread ").strip("'\"")
 
 
 def shortened(site: str, length: int) -> str:
