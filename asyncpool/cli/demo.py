@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from asyncpool.cli import report
-from asyncpool.cli.display import display
+from asyncpool.cli.display import display, in_ascii
 from asyncpool.cli.embedded import EmbeddedServer, EmbeddedServerError
 from asyncpool.cli.readings import Readings
 from asyncpool.cli.rounds import Target, run_rounds
@@ -58,16 +58,21 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
+    return _number(text, at_least=1)
 
 
 def _not_negative(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return _number(text, at_least=0)
+
+
+def _number(text: str, *, at_least: int) -> int:
+    # argparse would put the converter's name into the message of any other error.
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if number < at_least:
+        raise argparse.ArgumentTypeError(f"{number:,} is less than {at_least}")
     return number
 
 
@@ -137,6 +142,7 @@ def _conninfo(url: str | None, shown: Display) -> Iterator[str]:
 
 def _print_report(results: list[RoundResult], *, shared_server: bool) -> None:
     print(f"\n{report.table(results)}\n")
+    print(f"{report.queues(results, in_ascii=in_ascii(sys.stdout))}\n\n{report.LANES}\n")
     if (footnote := report.footnote(results, shared_server=shared_server)) is not None:
         print(f"{footnote}\n")
     print("\n".join(report.verdicts(results)))

@@ -9,11 +9,14 @@ import time
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from asyncpool.cli.report import histogram_lines
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from rich.progress import Progress
 
+    from asyncpool import PoolStats
     from asyncpool.cli.rounds import RoundResult
     from asyncpool.cli.workload import Tally
 
@@ -28,8 +31,10 @@ class Display(Protocol):
     def say(self, text: str) -> None:
         """A line of its own."""
 
-    def watching(self, title: str, tally: Tally) -> AbstractAsyncContextManager[None]:
-        """Show how far a round is, for as long as it takes."""
+    def watching(
+        self, title: str, tally: Tally, stats: Callable[[], PoolStats | None]
+    ) -> AbstractAsyncContextManager[None]:
+        """Show how far a round is, for as long as it takes, and what its pool says, if it has one."""
         ...
 
     def round_ended(self, result: RoundResult) -> None:
@@ -58,36 +63,58 @@ class Lines:
         print(text, file=self._stream, flush=True)
 
     @asynccontextmanager
-    async def watching(self, title: str, tally: Tally) -> AsyncIterator[None]:
+    async def watching(self, title: str, tally: Tally, stats: Callable[[], PoolStats | None]) -> AsyncIterator[None]:
         self.say(f"{title}: begins")
-        progress = asyncio.create_task(self._report(title, tally), name="report progress")
+        progress = asyncio.create_task(self._report(title, tally, stats), name="report progress")
         try:
             yield
         finally:
             progress.cancel()
 
-    async def _report(self, title: str, tally: Tally) -> None:
+    async def _report(self, title: str, tally: Tally, stats: Callable[[], PoolStats | None]) -> None:
         begun = time.monotonic()
         while True:
             await asyncio.sleep(LINE_INTERVAL)
             seconds = time.monotonic() - begun
-            self.say(f"{title}: {tally.acknowledged} of {tally.expected} after {seconds:.0f} s")
+            queue = f", {now.waiting} waiting" if (now := stats()) is not None else ""
+            self.say(f"{title}: {tally.acknowledged} of {tally.expected} after {seconds:.0f} s{queue}")
 
     def round_ended(self, result: RoundResult) -> None:
         self.say(f"{result.title}: {summary(result)}")
 
 
-class Bars:
-    """A bar for each round, one below the other."""
+class Below:
+    """What is shown below the bars."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __rich__(self) -> str:
+        """For rich; nothing in it is markup."""
+        return "\n".join(["", *self.lines]) if self.lines else ""
+
+
+def in_ascii(stream: TextIO) -> bool:
+    """Whether it takes no other characters than ASCII's."""
+    try:
+        "▁█".encode(stream.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return True
+    return False
+
+
+class Bars:
+    """A bar for each round, one below the other, and below them the histograms of the pool that is at work."""
+
+    def __init__(self, progress: Progress, below: Below) -> None:
         self._progress = progress
+        self._below = below
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False)
 
     @asynccontextmanager
-    async def watching(self, title: str, tally: Tally) -> AsyncIterator[None]:
+    async def watching(self, title: str, tally: Tally, stats: Callable[[], PoolStats | None]) -> AsyncIterator[None]:
         bar = self._progress.add_task(title, total=tally.expected, notes="")
         begun = time.perf_counter()
 
@@ -98,6 +125,11 @@ class Bars:
                 notes += f", {tally.refused:,} refused"
             if tally.sent_again:
                 notes += f", {tally.sent_again:,} sent again"
+            if (now := stats()) is not None:
+                if now.waiting:
+                    notes += f", {now.waiting:,} waiting"
+                queue = f"  {now.waiting:,} in line"
+                self._below.lines = histogram_lines(title, queue, now, in_ascii=in_ascii(sys.stdout))
             self._progress.update(bar, completed=tally.acknowledged, notes=notes)
 
         async def keep_showing() -> None:
@@ -111,6 +143,7 @@ class Bars:
         finally:
             moving.cancel()
             show()
+            self._below.lines = []
             self._progress.stop_task(bar)
 
     def round_ended(self, result: RoundResult) -> None:
@@ -125,6 +158,8 @@ def display(*, as_json: bool) -> Iterator[Display]:
     elif not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
         yield Lines(sys.stdout)
     else:
+        from rich.console import Group
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = [
@@ -134,5 +169,6 @@ def display(*, as_json: bool) -> Iterator[Display]:
             TimeElapsedColumn(),
             TextColumn("{task.fields[notes]}"),
         ]
-        with Progress(*columns) as progress:
-            yield Bars(progress)
+        progress, below = Progress(*columns), Below()
+        with Live(Group(progress, below), refresh_per_second=1 / BAR_INTERVAL):
+            yield Bars(progress, below)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from asyncpool import PoolStats
     from asyncpool.cli.rounds import RoundResult
+    from asyncpool.histogram import Histogram
 
 HEADINGS = ("round", "payloads/s", "p50 ms", "p99 ms", "sessions", "refused", "resent")
 
@@ -38,6 +40,50 @@ def _cells(result: RoundResult) -> tuple[str, ...]:
     )
 
 
+def queues(results: Sequence[RoundResult], *, in_ascii: bool = False) -> str:
+    """How long the pool's callers have waited for connections and held them."""
+    lines = [_queue_line("in the pools", "", ("p50 ms", "p90 ms", "p99 ms", "max ms"), "")]
+    for result in results:
+        if result.stats is not None:
+            queue = f"  {result.longest_queue:,} in line at most"
+            lines += histogram_lines(result.title, queue, result.stats, in_ascii=in_ascii)
+    return "\n".join(lines)
+
+
+def histogram_lines(title: str, queue: str, stats: PoolStats, *, in_ascii: bool) -> list[str]:
+    """Two lines of 80 characters at most: what was waited, and what was held."""
+    return [
+        _queue_line(label, which, _in_milliseconds(histogram), spark(histogram, in_ascii=in_ascii)).rstrip()
+        for label, which, histogram in ((title, "wait", stats.wait), (queue, "hold", stats.hold))
+    ]
+
+
+def _queue_line(label: str, which: str, cells: Sequence[str], drawn: str) -> str:
+    return f"{label:<24}{which:<4}{''.join(f'{cell:>9}' for cell in cells)}  {drawn}".rstrip()
+
+
+def _in_milliseconds(histogram: Histogram) -> list[str]:
+    return [f"{1000 * each:,.1f}" for each in (histogram.p50, histogram.p90, histogram.p99, histogram.max)]
+
+
+SPARK_LENGTH = 13
+
+
+def spark(histogram: Histogram, *, in_ascii: bool = False) -> str:
+    """The shape of a histogram, from the shortest duration that there was to the longest, on a logarithmic axis."""
+    used = [bucket for bucket, count in enumerate(histogram.counts) if count]
+    if not used:
+        return ""
+    levels = ".:-=+*#@" if in_ascii else "▁▂▃▄▅▆▇█"
+    first, buckets = used[0], used[-1] - used[0] + 1
+    length = min(buckets, SPARK_LENGTH)
+    heights = [0] * length
+    for bucket in used:
+        heights[(bucket - first) * length // buckets] += histogram.counts[bucket]
+    # One of a thousand is to be seen: what is there at all has a height.
+    return "".join(levels[-(-height * (len(levels) - 1) // max(heights))] for height in heights)
+
+
 def footnote(results: Sequence[RoundResult], *, shared_server: bool) -> str | None:
     """What one must know about the sessions column, if anything."""
     if any(result.sessions is None for result in results):
@@ -45,6 +91,9 @@ def footnote(results: Sequence[RoundResult], *, shared_server: bool) -> str | No
     if shared_server:
         return "Sessions are all that this database let in meanwhile, anybody else's included."
     return None
+
+
+LANES = "One-shot statements share connections: theirs are the waits and holds of their lanes."
 
 
 def verdicts(results: Sequence[RoundResult]) -> list[str]:
@@ -82,4 +131,14 @@ def _round_as_json(result: RoundResult) -> dict[str, Any]:
         "sessions_terminated": result.terminated,
         "acknowledged": result.tally.acknowledged,
         "rows": result.rows,
+        "longest_queue": result.longest_queue if result.stats is not None else None,
+        "wait_ms": _histogram_as_json(result.stats.wait) if result.stats is not None else None,
+        "hold_ms": _histogram_as_json(result.stats.hold) if result.stats is not None else None,
+    }
+
+
+def _histogram_as_json(histogram: Histogram) -> dict[str, float]:
+    return {
+        "count": histogram.count,
+        **{name: round(1000 * getattr(histogram, name), 3) for name in ("p50", "p90", "p99", "max")},
     }

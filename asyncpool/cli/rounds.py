@@ -18,9 +18,14 @@ from asyncpool.cli.workload import Refused, Tally, Workload
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from asyncpool import PoolStats
     from asyncpool.cli.display import Display
     from asyncpool.cli.readings import Readings
     from asyncpool.cli.workload import Payload, Store
+
+
+# Seconds between two looks at the queue.
+QUEUE_INTERVAL = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,8 @@ class RoundResult:
     """What a round came to. Times are seconds.
 
     `sessions` is what the server counted, None if it does not count; `connected` what the client knows of.
-    `terminated` is how many sessions the server was told to end half-way.
+    `terminated` is how many sessions the server was told to end half-way. `stats` is the pool's last word, if there was
+    one, and `longest_queue` the most of its callers that were seen in line.
     """
 
     title: str
@@ -48,6 +54,8 @@ class RoundResult:
     sessions: int | None
     connected: int
     terminated: int = 0
+    stats: PoolStats | None = None
+    longest_queue: int = 0
 
     @property
     def nothing_lost(self) -> bool:
@@ -77,6 +85,11 @@ class Round(ABC):
         self.tally = Tally(workload.payloads)
         self.connected = 0
         self.terminated = 0
+        self.longest_queue = 0
+
+    def stats(self) -> PoolStats | None:
+        """The pool's, if the payloads go through one."""
+        return None
 
     @abstractmethod
     def store(self) -> AbstractAsyncContextManager[Store]:
@@ -90,7 +103,7 @@ class Round(ABC):
         """Store the whole workload, and compare what the table has with what was acknowledged."""
         readings = self.target.readings
         before = await asyncio.to_thread(readings.sessions_opened, self.number)
-        async with self.store() as store, display.watching(self.title, self.tally):
+        async with self.store() as store, display.watching(self.title, self.tally, self.stats):
             begun = time.perf_counter()
             await self.workload.run(store, self.tally)
             seconds = time.perf_counter() - begun
@@ -103,6 +116,8 @@ class Round(ABC):
             sessions=after - before if before is not None and after is not None else None,
             connected=self.connected,
             terminated=self.terminated,
+            stats=self.stats(),
+            longest_queue=self.longest_queue,
         )
         display.round_ended(result)
         return result
@@ -135,18 +150,32 @@ class Pooled(Round):
 
     number = 2
     title = "the pool"
+    _pool: Pool | None = None
+
+    def stats(self) -> PoolStats | None:
+        """The pool's."""
+        return self._pool.stats() if self._pool is not None else None
 
     @asynccontextmanager
     async def store(self) -> AsyncIterator[Store]:
-        pool = Pool(
+        self._pool = pool = Pool(
             self.target.conninfo,
             min_size=self.target.min_size,
             max_size=self.target.max_size,
             application_name=self.application_name,
         )
         async with pool:
-            yield partial(self.store_in, pool)
+            watching = asyncio.create_task(self._watch_queue(pool), name="watch the queue")
+            try:
+                yield partial(self.store_in, pool)
+            finally:
+                watching.cancel()
         self.connected = pool.stats().connects
+
+    async def _watch_queue(self, pool: Pool) -> None:
+        while True:
+            self.longest_queue = max(self.longest_queue, pool.stats().waiting)
+            await asyncio.sleep(QUEUE_INTERVAL)
 
     async def store_in(self, pool: Pool, payload: Payload) -> None:
         """Store a payload through the pool."""

@@ -295,7 +295,7 @@ def test_a_blocking_pool_is_refused_in_the_same_way_and_leaves_no_thread(dsn: st
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
-async def test_what_is_no_socket_is_never_removed(dsn: str, path: str, kind: str) -> None:
+def test_what_is_no_socket_is_never_removed(dsn: str, path: str, kind: str) -> None:
     if kind == "file":
         Path(path).write_text("precious")
     elif kind == "directory":
@@ -304,12 +304,12 @@ async def test_what_is_no_socket_is_never_removed(dsn: str, path: str, kind: str
         Path(path).symlink_to("precious")
     before = os.lstat(path)
     with pytest.raises(PoolError, match="a file that is no socket is there, and is left alone"):
-        await Pool(dsn, monitor=path).open()
+        SyncPool(dsn, monitor=path).open()
     assert os.lstat(path) == before
 
 
-async def test_a_file_that_somebody_has_put_there_meanwhile_stays(dsn: str, path: str) -> None:
-    async with Pool(dsn, monitor=path):
+def test_a_file_that_somebody_has_put_there_meanwhile_stays(dsn: str, path: str) -> None:
+    with SyncPool(dsn, monitor=path):
         os.unlink(path)
         Path(path).write_text("precious")
     assert Path(path).read_text() == "precious"
@@ -320,10 +320,10 @@ async def test_a_missing_directory_is_named(dsn: str, path: str) -> None:
         await Pool(dsn, monitor=f"{path}/s").open()
 
 
-async def test_it_may_lie_where_one_may_write_and_not_read(dsn: str, path: str) -> None:
+def test_it_may_lie_where_one_may_write_and_not_read(dsn: str, path: str) -> None:
     directory = Path(path)
     directory.mkdir(mode=0o300)
-    async with Pool(dsn, monitor=directory / "s"):
+    with SyncPool(dsn, monitor=directory / "s"):
         assert is_there(f"{path}/s")
 
 
@@ -579,16 +579,16 @@ asyncio.run(main())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-async def test_a_child_that_outlives_a_killed_parent_does_not_keep_the_socket(dsn: str, path: str) -> None:
+def test_a_child_that_outlives_a_killed_parent_does_not_keep_the_socket(dsn: str, path: str) -> None:
     with tempfile.TemporaryFile("w+") as output:  # a pipe's end would be the child's
         with subprocess.Popen([sys.executable, "-c", DYING, dsn, path], stdout=output) as process:
-            await asyncio.to_thread(process.wait, 20)
+            process.wait(20)
         output.seek(0)
         child = int(output.read())
         try:
             assert is_there(path)
-            async with Pool(dsn, monitor=path):
-                assert (await look(path))["pid"] == os.getpid()
+            with SyncPool(dsn, monitor=path):
+                assert next_line(path)["pid"] == os.getpid()
         finally:
             os.kill(child, 9)
 
