@@ -142,7 +142,7 @@ def _conninfo(url: str | None, shown: Display) -> Iterator[str]:
 
 def _print_report(results: list[RoundResult], *, shared_server: bool) -> None:
     print(f"\n{report.table(results)}\n")
-    print(f"{report.queues(results, in_ascii=in_ascii(sys.stdout))}\n\n{report.LANES}\n")
+    print(f"{report.queues(results, in_ascii=in_ascii(sys.stdout))}\n")
     if (footnote := report.footnote(results, shared_server=shared_server)) is not None:
         print(f"{footnote}\n")
     print("\n".join(report.verdicts(results)))

@@ -9,7 +9,7 @@ import time
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from asyncpool.cli.report import histogram_lines
+from asyncpool.cli.report import QUEUE_HEADING, queue_lines
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -106,8 +106,9 @@ def in_ascii(stream: TextIO) -> bool:
 class Bars:
     """A bar for each round, one below the other, and below them the histograms of the pool that is at work."""
 
-    def __init__(self, progress: Progress, below: Below) -> None:
+    def __init__(self, progress: Progress, below: Below, *, in_ascii: bool) -> None:
         self._progress = progress
+        self._in_ascii = in_ascii
         self._below = below
 
     def say(self, text: str) -> None:
@@ -126,10 +127,9 @@ class Bars:
             if tally.sent_again:
                 notes += f", {tally.sent_again:,} sent again"
             if (now := stats()) is not None:
-                if now.waiting:
-                    notes += f", {now.waiting:,} waiting"
                 queue = f"  {now.waiting:,} in line"
-                self._below.lines = histogram_lines(title, queue, now, in_ascii=in_ascii(sys.stdout))
+                lines = queue_lines(title, queue, now, in_ascii=self._in_ascii)
+                self._below.lines = [QUEUE_HEADING, *lines] if now.acquires else []
             self._progress.update(bar, completed=tally.acknowledged, notes=notes)
 
         async def keep_showing() -> None:
@@ -170,5 +170,6 @@ def display(*, as_json: bool) -> Iterator[Display]:
             TextColumn("{task.fields[notes]}"),
         ]
         progress, below = Progress(*columns), Below()
+        bars = Bars(progress, below, in_ascii=in_ascii(sys.stdout))  # here, before rich puts itself in its place
         with Live(Group(progress, below), refresh_per_second=1 / BAR_INTERVAL):
-            yield Bars(progress, below)
+            yield bars

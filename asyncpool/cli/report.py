@@ -41,19 +41,19 @@ def _cells(result: RoundResult) -> tuple[str, ...]:
 
 
 def queues(results: Sequence[RoundResult], *, in_ascii: bool = False) -> str:
-    """How long the pool's callers have waited for connections and held them."""
-    lines = [_queue_line("in the pools", "", ("p50 ms", "p90 ms", "p99 ms", "max ms"), "")]
+    """How long the pools' connections were waited for and held. One-shot statements do neither."""
+    lines = [QUEUE_HEADING]
     for result in results:
-        if result.stats is not None:
+        if result.stats is not None and result.stats.acquires:
             queue = f"  {result.longest_queue:,} in line at most"
-            lines += histogram_lines(result.title, queue, result.stats, in_ascii=in_ascii)
+            lines += queue_lines(result.title, queue, result.stats, in_ascii=in_ascii)
     return "\n".join(lines)
 
 
-def histogram_lines(title: str, queue: str, stats: PoolStats, *, in_ascii: bool) -> list[str]:
+def queue_lines(title: str, queue: str, stats: PoolStats, *, in_ascii: bool) -> list[str]:
     """Two lines of 80 characters at most: what was waited, and what was held."""
     return [
-        _queue_line(label, which, _in_milliseconds(histogram), spark(histogram, in_ascii=in_ascii)).rstrip()
+        _queue_line(label, which, _in_milliseconds(histogram), spark(histogram, in_ascii=in_ascii))
         for label, which, histogram in ((title, "wait", stats.wait), (queue, "hold", stats.hold))
     ]
 
@@ -66,6 +66,7 @@ def _in_milliseconds(histogram: Histogram) -> list[str]:
     return [f"{1000 * each:,.1f}" for each in (histogram.p50, histogram.p90, histogram.p99, histogram.max)]
 
 
+QUEUE_HEADING = _queue_line("callers of the pools", "", ("p50 ms", "p90 ms", "p99 ms", "max ms"), "short to long")
 SPARK_LENGTH = 13
 
 
@@ -91,9 +92,6 @@ def footnote(results: Sequence[RoundResult], *, shared_server: bool) -> str | No
     if shared_server:
         return "Sessions are all that this database let in meanwhile, anybody else's included."
     return None
-
-
-LANES = "One-shot statements share connections: theirs are the waits and holds of their lanes."
 
 
 def verdicts(results: Sequence[RoundResult]) -> list[str]:
