@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 import pytest
 from kit.waiting import eventually_blocking
 
+from asyncpool.cli.report import spark
+from asyncpool.histogram import Durations
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -77,6 +80,12 @@ def test_json_tells_four_rounds_in_which_every_acknowledged_payload_became_a_row
         assert each["payloads_per_second"] > 0
         assert 0 < each["p50_ms"] <= each["p99_ms"]
         assert each["sessions_counted_by"] == "server"
+    assert (one_each["longest_queue"], one_each["wait_ms"], one_each["hold_ms"]) == (None, None, None)
+    for each in (pooled, terminated):
+        assert 1 <= each["longest_queue"] <= 20
+        for which in ("wait_ms", "hold_ms"):
+            assert each[which]["count"] >= 200
+            assert 0 < each[which]["p50"] <= each[which]["p90"] <= each[which]["p99"] <= each[which]["max"]
     # Others may open sessions in this database meanwhile, but none of ours goes uncounted.
     assert one_each["sessions_opened"] >= 200
     assert 1 <= pooled["sessions_opened"] < 200
@@ -112,6 +121,10 @@ def test_what_is_not_a_terminal_gets_plain_lines_and_a_table() -> None:
     assert "\r" not in output
     assert re.search(r"^round +payloads/s +p50 ms +p99 ms +sessions +refused +resent", output, re.MULTILINE)
     assert output.count("200 of 200 payloads acknowledged, 200 rows in the table") == 4
+    assert re.search(r"^callers of the pools +p50 ms +p90 ms +p99 ms +max ms  short to long$", output, re.MULTILINE)
+    for title in ("the pool", "sessions ended half-way"):
+        words = rf"^{title} +wait( +[\d.,]+){{4}}  [▁-█]+\n  \d+ in line at most +hold( +[\d.,]+){{4}}  [▁-█]+$"
+        assert re.search(words, output, re.MULTILINE)
 
 
 @needs_embedded_server
@@ -153,13 +166,31 @@ def test_a_server_that_cannot_be_reached_is_reported_without_a_traceback_or_a_pa
 
 
 @pytest.mark.parametrize(
-    "options", [("--devices", "0"), ("--payloads", "many"), ("--min-size", "5", "--max-size", "4")]
+    ("options", "words"),
+    [
+        (("--devices", "0"), "argument --devices: 0 is less than 1"),
+        (("--payloads", "many"), "argument --payloads: 'many' is no whole number"),
+        (("--min-size", "-1"), "argument --min-size: -1 is less than 0"),
+        (("--min-size", "5", "--max-size", "4"), "--min-size 5 is more than --max-size 4"),
+    ],
 )
-def test_options_that_make_no_sense_are_refused_with_the_usage(options: tuple[str, ...]) -> None:
+def test_options_that_make_no_sense_are_refused_with_the_usage(options: tuple[str, ...], words: str) -> None:
     with demo(*options) as process:
         _, errors = process.communicate()
     assert process.returncode == 2
     assert "usage:" in errors
+    assert words in errors
+
+
+def test_a_histogram_is_drawn_from_its_shortest_to_its_longest() -> None:
+    durations = Durations()
+    assert spark(durations.snapshot()) == ""
+    for _ in range(1000):
+        durations.record(0.001)
+    assert spark(durations.snapshot()) == "█"
+    durations.record(1000.0)
+    assert spark(durations.snapshot()) == "█" + "▁" * 11 + "▂"
+    assert spark(durations.snapshot(), in_ascii=True) == "@" + "." * 11 + ":"
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:
@@ -181,3 +212,18 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     assert done.returncode == 2
     assert "pip install 'asyncpool-pg[demo]'" in done.stderr
     assert "pip install '.[demo]'" in done.stderr
+
+
+def test_a_terminal_of_80_columns_shows_the_queue_and_the_histograms_while_it_runs(server: Server) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("pty")
+    from kit.terminal import Terminal
+
+    options = ("--devices", "20", "--payloads", "600", "--max-size", "1", "--min-size", "1")
+    with Terminal(sys.executable, "-m", "asyncpool", "demo", *options, "--url", server.dsn) as terminal:
+        assert terminal.end(timeout=50) == 0
+    # What moves the cursor ends a line.
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", re.sub(r"\r\n|\r", "\n", terminal.output))
+    assert re.search(r"^the pool +wait( +[\d.,]+){4}  [▁-█]+\n  \d+ in line +hold( +[\d.,]+){4}", shown, re.MULTILINE)
+    live = [line for line in shown.split("\n") if "in line" in line or " wait " in line]
+    assert max(map(len, live)) <= 80
