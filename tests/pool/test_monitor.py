@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import gc
 import json
@@ -13,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,8 @@ from asyncpool.psycopg2 import pool as psycopg2_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+fcntl = pytest.importorskip("fcntl")
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="Python has no Unix sockets on this system")
 
@@ -294,6 +298,35 @@ def test_a_blocking_pool_is_refused_in_the_same_way_and_leaves_no_thread(dsn: st
     assert not is_there(path)
 
 
+def test_a_socket_that_does_not_listen_yet_is_not_taken_for_a_dead_ones(
+    dsn: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pools that open at once, of which the other has come between its bind() and its listen()."""
+    monkeypatch.setattr(monitor, "_LOCK_TRIES", 10_000)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        other.bind(path)
+
+        def go_on() -> None:
+            other.listen()
+            os.close(directory)
+
+        timer = threading.Timer(0.1, go_on)
+        timer.start()
+        with pytest.raises(PoolError, match="somebody listens there already"):
+            SyncPool(dsn, monitor=path).open()
+        timer.join()
+
+
+def test_a_directory_that_somebody_keeps_locked_is_not_waited_for(dsn: str, path: str) -> None:
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    with SyncPool(dsn, monitor=path):
+        assert is_there(path)
+    os.close(directory)
+
+
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
 def test_what_is_no_socket_is_never_removed(dsn: str, path: str, kind: str) -> None:
     if kind == "file":
@@ -432,7 +465,7 @@ async def test_when_nobody_looks_any_more_nothing_is_done(dsn: str, path: str) -
 async def test_without_a_descriptor_for_a_client_the_loop_is_not_kept_busy(
     dsn: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitor, "PAUSE", 0.05)
+    monkeypatch.setattr(monitor, "PAUSE", 0.3)
     async with Pool(dsn, monitor=path) as pool:
         assert pool._runner is not None
         assert pool._runner._monitor is not None
@@ -445,7 +478,7 @@ async def test_without_a_descriptor_for_a_client_the_loop_is_not_kept_busy(
             def accept(self) -> Any:
                 nonlocal tries
                 tries += 1
-                if tries < 3:
+                if tries < 2:
                     raise OSError(errno.EMFILE, "Too many open files")
                 return real.accept()
 
@@ -453,8 +486,37 @@ async def test_without_a_descriptor_for_a_client_the_loop_is_not_kept_busy(
                 real.close()
 
         real, listener.socket = listener.socket, Exhausted()  # type: ignore[assignment]
-        assert (await look(path))["phase"] == "open"
-        assert tries == 3
+        looking = asyncio.create_task(look(path))
+        await eventually(lambda: tries)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert tries == 1
+        assert (await looking)["phase"] == "open"
+        assert tries == 2
+
+
+@on_both_loops
+async def test_what_it_does_by_itself_sees_no_context_variables_of_who_has_opened_the_pool(dsn: str, path: str) -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="none")
+    token = variable.set("of the opener")
+    async with Pool(dsn, monitor=path) as pool:
+        variable.reset(token)
+        variable.set("of the test")
+        assert pool._runner is not None
+        assert pool._runner._monitor is not None
+        snapshot = pool._runner._monitor._snapshot
+        seen = []
+
+        def see() -> bytes:
+            seen.append(variable.get())
+            return snapshot()
+
+        pool._runner._monitor._snapshot = see
+        reader, writer = await asyncio.open_unix_connection(path)
+        await reader.readline()
+        await reader.readline()
+        writer.close()
+    assert seen == ["none", "none"]
 
 
 async def test_the_end_of_the_pool_is_the_end_of_the_line(dsn: str, path: str) -> None:
