@@ -126,7 +126,7 @@ async def test_the_line_has_the_sizes_the_totals_the_histograms_and_the_holders(
 async def test_callers_in_line_and_the_rate_of_acquires_are_told(dsn: str, path: str) -> None:
     async with Pool(dsn, monitor=path, max_size=1) as pool:
         async with pool.acquire():
-            waiting = asyncio.create_task(pool.acquire(timeout=0.05).__aenter__())
+            waiting = asyncio.ensure_future(pool.acquire(timeout=0.05))
             await eventually(lambda: pool.stats().waiting == 1)
             line = await look(path)
             with pytest.raises(PoolTimeout):
@@ -430,6 +430,15 @@ async def test_who_does_not_read_is_let_go_and_holds_up_nobody(
             await eventually(lambda: looking(pool) == 0)
             assert await pool.fetchval("select 1") == 1
             assert (await look(path))["phase"] == "open"
+
+
+def test_a_client_whom_the_system_takes_a_part_for_is_let_go_as_the_rest_would_have_to_be_kept() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        assert monitor._tell(ours, b"a line\n")
+        assert not monitor._tell(ours, bytes(50_000_000) + b"\n")
+        assert len(theirs.recv(65536)) > len(b"a line\n")
 
 
 @on_both_loops
