@@ -74,6 +74,7 @@ def _alone_in(directory: str) -> Iterator[None]:
     """Keep other pools from replacing a socket in that directory meanwhile: one that is bound and does not listen yet
     is like one of a dead process.
     """
+    assert fcntl is not None  # where there are Unix sockets, there is that
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:  # one may have the right to make files in it, and not to read it

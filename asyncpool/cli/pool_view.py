@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rich.console import ConsoleOptions, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from asyncpool.cli.feed import Look, Snapshot
     from asyncpool.events import Holder
@@ -57,9 +57,9 @@ class PoolView:
         self._height = height
         self._trouble = trouble
 
-    def __rich_console__(self, _: object, options: ConsoleOptions) -> list[RenderableType]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """What rich asks for."""
-        return [self._group(options.max_width, in_ascii=options.ascii_only)]
+        yield self._group(options.max_width, in_ascii=options.ascii_only)
 
     def _group(self, width: int, *, in_ascii: bool) -> Group:
         """The parts, one below the other."""
