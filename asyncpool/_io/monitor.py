@@ -220,9 +220,9 @@ class Monitor:
             client.close()
             return
         self._clients.add(client)
-        self._tell((client,))
-        if self._timer is None and self._clients:
+        if self._timer is None:
             self._timer = self._loop.call_later(INTERVAL, self._on_timer, context=self._context)
+        self._tell((client,))
 
     def _listen_again(self) -> None:
         if self._listener.socket.fileno() >= 0:
