@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 WIDE = 80
 # From this length of a bar on it can tell anything.
 LONGEST_BAR = 60
+# Lines of a message at most.
+LONGEST_MESSAGE = 4
 
 # The states in the bar's order: their words, colours and characters, which are told apart without colours too.
 _STATES = (
@@ -65,14 +68,16 @@ class PoolView:
         """The parts, one below the other."""
         now = self._look.now
         head: list[RenderableType] = [_title(now, width)]
+        lines = 6 + (width >= WIDE) + len(_HISTOGRAMS) + len(_COUNTS)
         if self._trouble is not None:
-            head.append(_line(self._trouble, width, "bold red"))
+            head += (trouble := _wrapped(self._trouble, width, "bold red"))
+            lines += len(trouble)
         head += [_bar(now, width, in_ascii=in_ascii), _sizes(now), _queue(now), Text(), _figures(self._look, width)]
-        lines = 5 + 1 + (width >= WIDE) + len(_HISTOGRAMS) + len(_COUNTS) + (self._trouble is not None)
         if now.connect_error is not None:
             text, age = now.connect_error
-            head += [Text(), _line(f"last connect error, {duration(age)} ago: {text}", width, "red")]
-            lines += 2
+            error = _wrapped(f"last connect error, {duration(age)} ago: {text}", width, "red")
+            head += [Text(), *error]
+            lines += 1 + len(error)
         return Group(*head, *_holders(now, width, None if self._height is None else self._height - lines))
 
 
@@ -84,11 +89,12 @@ def _title(now: Snapshot, width: int) -> Text:
     return title
 
 
-def _line(text: str, width: int, style: str) -> Text:
-    """One line, cut off where it would be two."""
-    line = Text(text, style=style)
-    line.truncate(width, overflow="ellipsis")
-    return line
+def _wrapped(text: str, width: int, style: str) -> list[Text]:
+    """As many lines as a message is worth."""
+    lines = [Text(line, style=style) for line in textwrap.wrap(text, width)]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")  # of characters that are two columns wide
+    return lines[:LONGEST_MESSAGE]
 
 
 def _bar(now: Snapshot, width: int, *, in_ascii: bool) -> Text:

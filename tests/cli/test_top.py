@@ -437,6 +437,16 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
         assert len(line) <= width
 
 
+def test_what_is_wrong_is_told_in_as_many_lines_as_it_takes_and_room_is_left_for_the_rest() -> None:
+    words = "connection to server failed: Connection refused. Is the server running on that host and accepting it?"
+    look = Look(snapshot(connect_error=(words, 3.0), holders=[Holder("app.py:1 in work", 1.0, 1)] * 9))
+    lines = shown(look, width=50, height=24, trouble=f"gone, and awaited: {words}")
+    assert len(lines) <= 24
+    joined = " ".join(lines)
+    assert f"gone, and awaited: {words}" in joined
+    assert f"last connect error, 3.0 s ago: {words}" in joined
+
+
 def test_few_connections_of_many_are_seen_in_the_bar() -> None:
     sizes = {**snapshot().sizes, "max": 1000, "all": 999, "leased": 1, "connecting": 1, "idle": 997}
     bar = shown(Look(snapshot(sizes=sizes)))[1]

@@ -353,11 +353,20 @@ async def test_a_missing_directory_is_named(dsn: str, path: str) -> None:
         await Pool(dsn, monitor=f"{path}/s").open()
 
 
-def test_it_may_lie_where_one_may_write_and_not_read(dsn: str, path: str) -> None:
-    directory = Path(path)
-    directory.mkdir(mode=0o300)
-    with SyncPool(dsn, monitor=directory / "s"):
-        assert is_there(f"{path}/s")
+def test_it_may_lie_where_one_may_write_and_not_read(dsn: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_directory(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")  # root would not get that
+
+    monkeypatch.setattr(os, "open", open_directory)
+    listener = monitor.listen(path, "shop", made_by=os.getpid())
+    assert listener is not None
+    assert is_there(path)
+    listener.remove()
+
+
+def test_a_forked_child_goes_without_only_where_somebody_else_listens(path: str) -> None:
+    with pytest.raises(PoolError, match="there is no directory"):
+        monitor.listen(f"{path}/s", "shop", made_by=0)
 
 
 @pytest.mark.parametrize(
