@@ -6,9 +6,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from asyncpool.cli import demo, doctor, tune
-from asyncpool.cli import demo, top
+from asyncpool.cli.demo import command as demo
+from asyncpool.cli.doctor import command as doctor
 from asyncpool.cli.extras import MissingExtra
+from asyncpool.cli.top import command as top
+from asyncpool.cli.tune import command as tune
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

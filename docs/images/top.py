@@ -19,8 +19,8 @@ from rich.terminal_theme import MONOKAI
 
 from asyncpool import Pool, PoolTimeout
 from asyncpool.cli.embedded import EmbeddedServer
-from asyncpool.cli.feed import Feed, Look
-from asyncpool.cli.pool_view import PoolView
+from asyncpool.cli.top.feed import Feed, Look
+from asyncpool.cli.top.view import PoolView
 
 PICTURE = Path(__file__).with_suffix(".svg")
 SECONDS = 8

@@ -14,10 +14,10 @@ from kit.waiting import eventually
 from psycopg.conninfo import conninfo_to_dict
 
 from asyncpool import Pool
+from asyncpool.cli.doctor.examination import Examination
+from asyncpool.cli.doctor.facts import PoolMode, Prepared
+from asyncpool.cli.doctor.findings import diagnose
 from asyncpool.cli.embedded import EmbeddedServer
-from asyncpool.cli.examination import Examination
-from asyncpool.cli.facts import PoolMode, Prepared
-from asyncpool.cli.findings import diagnose
 from asyncpool.events import CloseReason
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kit.mortal_server import MortalServer
     from kit.servers import Admin, Server
 
-    from asyncpool.cli.facts import Facts
+    from asyncpool.cli.doctor.facts import Facts
 
 TIMEOUT = 5.0
 

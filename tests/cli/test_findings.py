@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from asyncpool import Pool
-from asyncpool.cli.facts import Capacity, Facts, Pooler, PoolMode, Prepared, Tls
-from asyncpool.cli.findings import Diagnosis, Finding, Level, diagnose
+from asyncpool.cli.doctor.facts import Capacity, Facts, Pooler, PoolMode, Prepared, Tls
+from asyncpool.cli.doctor.findings import Diagnosis, Finding, Level, diagnose
 
 ROOMY = Capacity(
     max_connections=100,

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from psycopg import errors as e
 
-from asyncpool.cli.facts import PoolMode, Prepared
-from asyncpool.cli.pooling import find_mode, make_pooler, product_of_host, product_of_words, try_prepared
+from asyncpool.cli.doctor.facts import PoolMode, Prepared
+from asyncpool.cli.doctor.pooling import find_mode, make_pooler, product_of_host, product_of_words, try_prepared
 
 if TYPE_CHECKING:
-    from asyncpool.cli.asking import Client
+    from asyncpool.cli.doctor.asking import Client
 
 
 class Backend:

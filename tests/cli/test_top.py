@@ -21,8 +21,9 @@ import pytest
 from kit.waiting import eventually_blocking
 
 from asyncpool import SyncPool
-from asyncpool.cli import feed, main
-from asyncpool.cli.feed import Look, NotReadable, Snapshot, difference, parse
+from asyncpool.cli import main
+from asyncpool.cli.top import feed
+from asyncpool.cli.top.feed import Look, NotReadable, Snapshot, difference, parse
 from asyncpool.events import Holder
 from asyncpool.histogram import Durations
 
@@ -37,7 +38,7 @@ pytest.importorskip("rich")
 from kit.terminal import Terminal
 from rich.console import Console
 
-from asyncpool.cli.pool_view import PoolView, duration, shortened
+from asyncpool.cli.top.view import PoolView, duration, shortened
 
 TOP = (sys.executable, "-W", "error", "-m", "asyncpool", "top")
 NOBODY = 65534

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncpool.cli.knee import (
+from asyncpool.cli.tune.knee import (
     FEWEST_STATEMENTS,
     MOST_TOLERANCE,
     TOLERANCE,

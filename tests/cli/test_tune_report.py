@@ -9,11 +9,11 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from asyncpool.cli.chart import draw
-from asyncpool.cli.knee import Ending, Reading, recommend, sizes_up_to
-from asyncpool.cli.statement import Statement
-from asyncpool.cli.sweep import Plan
-from asyncpool.cli.tune_report import Report, notes
+from asyncpool.cli.tune.chart import draw
+from asyncpool.cli.tune.knee import Ending, Reading, recommend, sizes_up_to
+from asyncpool.cli.tune.report import Report, notes
+from asyncpool.cli.tune.statement import Statement
+from asyncpool.cli.tune.sweep import Plan
 
 if TYPE_CHECKING:
     from pathlib import Path

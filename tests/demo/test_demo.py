@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from kit.waiting import eventually_blocking
 
-from asyncpool.cli.report import spark
+from asyncpool.cli.demo.report import spark
 from asyncpool.histogram import Durations
 
 if TYPE_CHECKING:

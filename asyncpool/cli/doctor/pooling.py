@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 from psycopg import DatabaseError, Error
 
 from asyncpool._io.connect_errors import ConnectFailed
-from asyncpool.cli.asking import Client, NoAnswer, connected, words_of
-from asyncpool.cli.facts import Pooler, PoolMode, Prepared
+from asyncpool.cli.doctor.asking import Client, NoAnswer, connected, words_of
+from asyncpool.cli.doctor.facts import Pooler, PoolMode, Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

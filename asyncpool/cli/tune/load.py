@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg.generators import execute
 
-from asyncpool.cli.knee import Reading
+from asyncpool.cli.tune.knee import Reading
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from asyncpool import Pool
-    from asyncpool.cli.statement import Statement
+    from asyncpool.cli.tune.statement import Statement
 
     Once = Callable[["Worker"], Awaitable[None]]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from asyncpool import Pool
-    from asyncpool.cli.workload import Payload
+    from asyncpool.cli.demo.workload import Payload
 
 SESSIONS_END_DEADLINE = 15.0
 POLL_INTERVAL = 0.02

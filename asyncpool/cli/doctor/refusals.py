@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from psycopg import Error, ProgrammingError
 from psycopg import errors as e
 
-from asyncpool.cli.asking import NoAnswer
+from asyncpool.cli.doctor.asking import NoAnswer
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from asyncpool.cli.facts import Facts, PoolMode, Prepared
+from asyncpool.cli.doctor.facts import Facts, PoolMode, Prepared
 from asyncpool.config import PoolConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from asyncpool.cli.facts import Capacity, Pooler
+    from asyncpool.cli.doctor.facts import Capacity, Pooler
 
 Options = dict[str, int | float | bool | None]
 

@@ -9,7 +9,7 @@ import time
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from asyncpool.cli.report import QUEUE_HEADING, queue_lines
+from asyncpool.cli.demo.report import QUEUE_HEADING, queue_lines
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from asyncpool import PoolStats
-    from asyncpool.cli.rounds import RoundResult
-    from asyncpool.cli.workload import Tally
+    from asyncpool.cli.demo.rounds import RoundResult
+    from asyncpool.cli.demo.workload import Tally
 
 # A bar moves ten times a second; a log has a line every five seconds.
 BAR_INTERVAL = 0.1

@@ -12,7 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from asyncpool.cli.feed import Look, Snapshot
+    from asyncpool.cli.top.feed import Look, Snapshot
     from asyncpool.events import Holder
     from asyncpool.histogram import Histogram
 

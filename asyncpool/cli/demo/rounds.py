@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from asyncpool import Pool
-from asyncpool.cli.workload import Refused, Tally, Workload
+from asyncpool.cli.demo.workload import Refused, Tally, Workload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from asyncpool import PoolStats
-    from asyncpool.cli.display import Display
-    from asyncpool.cli.readings import Readings
-    from asyncpool.cli.workload import Payload, Store
+    from asyncpool.cli.demo.display import Display
+    from asyncpool.cli.demo.readings import Readings
+    from asyncpool.cli.demo.workload import Payload, Store
 
 
 # Seconds between two looks at the queue.

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from asyncpool.cli import report
-from asyncpool.cli.display import display, in_ascii
+from asyncpool.cli.demo import report
+from asyncpool.cli.demo.display import display, in_ascii
+from asyncpool.cli.demo.readings import Readings
+from asyncpool.cli.demo.rounds import Target, run_rounds
+from asyncpool.cli.demo.workload import Refused, Workload
 from asyncpool.cli.embedded import EmbeddedServer, EmbeddedServerError
-from asyncpool.cli.readings import Readings
-from asyncpool.cli.rounds import Target, run_rounds
 from asyncpool.cli.signals import interruptible, run_interruptibly, undisturbed
-from asyncpool.cli.workload import Refused, Workload
 from asyncpool.conninfo import Redactor, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from asyncpool.cli.display import Display
-    from asyncpool.cli.rounds import RoundResult
+    from asyncpool.cli.demo.display import Display
+    from asyncpool.cli.demo.rounds import RoundResult
 
 DESCRIPTION = """\
 Many devices send payloads, and each payload becomes a row: with a connection per payload, through the

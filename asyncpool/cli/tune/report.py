@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from asyncpool.cli.extras import console
-from asyncpool.cli.knee import (
+from asyncpool.cli.tune.knee import (
     TOLERANCE,
     Ending,
     Obstacle,
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-    from asyncpool.cli.knee import Reading, Recommendation
-    from asyncpool.cli.statement import Statement
-    from asyncpool.cli.sweep import Plan, Progress
+    from asyncpool.cli.tune.knee import Reading, Recommendation
+    from asyncpool.cli.tune.statement import Statement
+    from asyncpool.cli.tune.sweep import Plan, Progress
 
 # The table gives way on a narrow terminal: first the bars, then what is least needed.
 NARROWEST_BARS = 8

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 import psycopg
 
 from asyncpool import Pool
-from asyncpool.cli.knee import Ending, Reading, find_knee, is_flat, sizes_up_to
-from asyncpool.cli.load import GRACE, Pass, as_one_shot, measure, on_a_lease, reading_of
-from asyncpool.cli.statement import StatementFailed, explain
+from asyncpool.cli.tune.knee import Ending, Reading, find_knee, is_flat, sizes_up_to
+from asyncpool.cli.tune.load import GRACE, Pass, as_one_shot, measure, on_a_lease, reading_of
+from asyncpool.cli.tune.statement import StatementFailed, explain
 from asyncpool.errors import PoolTimeout
 
 if TYPE_CHECKING:
-    from asyncpool.cli.statement import Statement, Trial
+    from asyncpool.cli.tune.statement import Statement, Trial
 
 # The measuring of a size is cut into so many passes, and the sizes take turns: whatever else the machine does for a
 # while hits several of them. But a pass is to see a few statements on one connection.

@@ -16,9 +16,9 @@ from psycopg import Error
 
 from asyncpool._io.connect_errors import ConnectFailed
 from asyncpool._io.tls import tls_attribute
-from asyncpool.cli import pooling
-from asyncpool.cli.asking import Client, NoAnswer, connected, words_of
-from asyncpool.cli.facts import Capacity, Facts, Pooler, Prepared, Tls
+from asyncpool.cli.doctor import pooling
+from asyncpool.cli.doctor.asking import Client, NoAnswer, connected, words_of
+from asyncpool.cli.doctor.facts import Capacity, Facts, Pooler, Prepared, Tls
 from asyncpool.conninfo import Redactor, describe, parse
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from asyncpool._io.connect_errors import ConnectFailed
-from asyncpool.cli.asking import NoAnswer, words_of
-from asyncpool.cli.examination import Examination, asked
+from asyncpool.cli.doctor.asking import NoAnswer, words_of
+from asyncpool.cli.doctor.examination import Examination, asked
+from asyncpool.cli.doctor.findings import Level, diagnose
+from asyncpool.cli.doctor.refusals import refusal_of
 from asyncpool.cli.extras import console
-from asyncpool.cli.findings import Level, diagnose
-from asyncpool.cli.refusals import refusal_of
 from asyncpool.cli.signals import interruptible, run_interruptibly
 from asyncpool.conninfo import Redactor, parse
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from asyncpool.cli.facts import Facts
-    from asyncpool.cli.findings import Diagnosis
-    from asyncpool.cli.refusals import Refusal
+    from asyncpool.cli.doctor.facts import Facts
+    from asyncpool.cli.doctor.findings import Diagnosis
+    from asyncpool.cli.doctor.refusals import Refusal
 
 TIMEOUT = 5.0
 

@@ -8,16 +8,16 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from asyncpool.cli.extras import MissingExtra
-from asyncpool.cli.knee import count_of, milliseconds, rate_of
-from asyncpool.cli.tune_report import HIGHEST_IN_VIEW
+from asyncpool.cli.tune.knee import count_of, milliseconds, rate_of
+from asyncpool.cli.tune.report import HIGHEST_IN_VIEW
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
 
-    from asyncpool.cli.knee import Reading
-    from asyncpool.cli.tune_report import Report
+    from asyncpool.cli.tune.knee import Reading
+    from asyncpool.cli.tune.report import Report
 
 # Told apart by those who see no red or green, too.
 BLUE, ORANGE, GREEN, GREY, INK = "#1f6fb4", "#d95f02", "#1b8a5a", "#9aa0a6", "#2b2f33"

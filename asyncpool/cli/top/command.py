@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from asyncpool.cli.extras import console
-from asyncpool.cli.feed import Feed, Look, NotReadable
 from asyncpool.cli.signals import interruptible
+from asyncpool.cli.top.feed import Feed, Look, NotReadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
 
 
 def _print(look: Look, terminal: Console) -> None:
-    from asyncpool.cli.pool_view import PoolView
+    from asyncpool.cli.top.view import PoolView
 
     terminal.print(PoolView(look))
 
@@ -151,7 +151,7 @@ class Watch:
         return b"q" in keys.lower()
 
     def _show(self) -> None:
-        from asyncpool.cli.pool_view import PoolView
+        from asyncpool.cli.top.view import PoolView
 
         height = self._live.console.size.height
         self._live.update(PoolView(self._look, height=height, trouble=self._trouble), refresh=True)

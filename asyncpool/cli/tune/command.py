@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from asyncpool.cli import tune_report
-from asyncpool.cli.capacity import Capacity, read_capacity
-from asyncpool.cli.chart import check_can_draw, draw
-from asyncpool.cli.knee import recommend
 from asyncpool.cli.signals import interruptible, run_interruptibly
-from asyncpool.cli.statement import Statement, StatementFailed, params_argument, query_argument, try_out
-from asyncpool.cli.sweep import DEFAULT_SECONDS, Sweep, plan, seconds_for
+from asyncpool.cli.tune import report
+from asyncpool.cli.tune.capacity import Capacity, read_capacity
+from asyncpool.cli.tune.chart import check_can_draw, draw
+from asyncpool.cli.tune.knee import recommend
+from asyncpool.cli.tune.statement import Statement, StatementFailed, params_argument, query_argument, try_out
+from asyncpool.cli.tune.sweep import DEFAULT_SECONDS, Sweep, plan, seconds_for
 from asyncpool.conninfo import Redactor, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from asyncpool.cli.statement import Trial
-    from asyncpool.cli.sweep import Plan, Progress
+    from asyncpool.cli.tune.statement import Trial
+    from asyncpool.cli.tune.sweep import Plan, Progress
 
 # Both are printed as they are, so that they have to fit a terminal of 80 columns.
 DESCRIPTION = """\
@@ -229,16 +229,16 @@ class _Tuning:
         """Returns the exit status. What was measured is shown also after Ctrl-C, which is raised all the same."""
         interrupted: KeyboardInterrupt | None = None
         try:
-            with tune_report.progress() as progress, _errors_only():
+            with report.progress() as progress, _errors_only():
                 run_interruptibly(lambda: self._measure(progress))
         except KeyboardInterrupt as interruption:
             interrupted = interruption
-        report = self._report()
-        if report and (report.readings or not interrupted):
-            self._show(report)
+        found = self._report()
+        if found and (found.readings or not interrupted):
+            self._show(found)
         if interrupted:
             raise interrupted
-        return DONE if report and report.recommendation.conclusive else FAILED
+        return DONE if found and found.recommendation.conclusive else FAILED
 
     async def _measure(self, progress: Progress) -> None:
         prepared = self._prepared = await self._prepare()
@@ -277,11 +277,11 @@ class _Tuning:
             f" transactions are {how}; {planned.at_most:.0f} s at most"
         )
 
-    def _report(self) -> tune_report.Report | None:
+    def _report(self) -> report.Report | None:
         prepared, sweep = self._prepared, self._sweep
         if prepared is None or sweep is None:
             return None
-        return tune_report.Report(
+        return report.Report(
             server_version=prepared.server_version,
             statement=self._statement,
             plan=prepared.plan,
@@ -296,13 +296,13 @@ class _Tuning:
             limit=prepared.capacity.limit,
         )
 
-    def _show(self, report: tune_report.Report) -> None:
+    def _show(self, found: report.Report) -> None:
         if self._options.json:
-            print(tune_report.as_json(report))
+            print(report.as_json(found))
         else:
-            tune_report.show(report)
-        if self._options.plot and report.readings:
-            draw(report, self._options.plot)
+            report.show(found)
+        if self._options.plot and found.readings:
+            draw(found, self._options.plot)
 
 
 @contextmanager

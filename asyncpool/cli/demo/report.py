@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from asyncpool import PoolStats
-    from asyncpool.cli.rounds import RoundResult
+    from asyncpool.cli.demo.rounds import RoundResult
     from asyncpool.histogram import Histogram
 
 HEADINGS = ("round", "payloads/s", "p50 ms", "p99 ms", "sessions", "refused", "resent")

@@ -1,0 +1,1 @@
+"""`asyncpool top`: a live view of a running pool."""

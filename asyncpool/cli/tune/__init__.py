@@ -1,0 +1,1 @@
+"""`asyncpool tune`: how large the pool should be, measured."""
