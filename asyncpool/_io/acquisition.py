@@ -113,13 +113,16 @@ class Acquisition(Generic[C]):
                     yield  # refused at once: a loop that tries again must not keep the event loop from everybody else
                 yield from waiter.future
             except BaseException:
-                runner.cancelled += 1
+                if not waiter.is_refused():  # else it is counted as what it was refused for
+                    runner.cancelled += 1
                 runner.perform(runner.machine.withdraw(waiter, monotonic()))
                 raise
-            if (refuse := waiter.future.result()) is not None:
-                raise runner.refusal(refuse, began)
+            if (refused := waiter.future.result()) is not None:
+                raise runner.refusal(*refused, began=began, owner=waiter.owner)
             slot = waiter.slot
-            if slot is None or slot.state is not LEASED:
+            assert slot is not None
+            if slot.state is not LEASED:
+                runner.machine.note_unused()
                 raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
             now = monotonic()
             runner.watch.look(now)

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from time import monotonic
 from types import CodeType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from psycopg import Connection
 
 from .._core.effects import Close, Effects
 from .._core.machine import PoolMachine
 from .._core.policy import NEVER
+from .._core.slot import Slot
 from ..config import PoolConfig
 from ..errors import PoolClosed, PoolError
 from ..events import CloseReason, Queued
@@ -30,7 +31,7 @@ from .loop_thread import OWN_THREAD, Hold, LoopThread, check_not_finalizing
 from .observation import Observations
 from .reader import socket_of
 from .runner import Runner, is_bound_to_its_owner
-from .session import FORKED, SEVERED, Session
+from .session import FORKED, NOT_LEASED, SEVERED, Session
 from .watch import peer_has_closed
 
 C = TypeVar("C", bound=Connection[Any])
@@ -125,9 +126,14 @@ class BlockingRunner(Runner):
 
     def sever(self) -> None:
         """End the leases that keep the pool from closing."""
-        effects = self.machine.sever(monotonic())
+        now = monotonic()
+        # One that its thread is just ending is counted there.
+        running = {slot for slot in self.machine.leases() if cast(Session, slot.resource).lease == slot.uses}
+        effects = self.machine.sever(now)
         for effect in effects:
             if type(effect) is Close and isinstance(effect.slot.resource, Session):
+                if effect.slot in running:
+                    self.leases.note_end(effect.slot.resource, now)
                 effect.slot.resource.sever()
         self.perform(effects)
 
@@ -160,9 +166,9 @@ class BlockingRunner(Runner):
             session = connection._session
             session.site_code = code
             session.site_offset = offset
+            session.holder = current.owner
             if session.touched:  # somebody went on with the object after its release
                 self.leases.restore(session, connection)  # `session.connection` is None of a lease
-        session.holder = current.owner
         return connection if self.is_plain else self.prepare(connection, now)
 
     def _has_ended(self, connection: Any) -> bool:
@@ -174,7 +180,9 @@ class BlockingRunner(Runner):
             return False
         ensure_stack()
         self.machine.note_unused()
-        self.leases.discard_lease(connection, CloseReason.DISCONNECTED)
+        session.lease = NOT_LEASED
+        session.connection = connection
+        self.perform(self.machine.discard(cast(Slot, session.slot), CloseReason.DISCONNECTED, monotonic()))
         return True
 
     def _wait_for_one(self, began: float, timeout: Timeout) -> Any:
@@ -200,12 +208,13 @@ class BlockingRunner(Runner):
                 waiter.wait()
                 connection = self.machine.lend_granted(waiter.slot) if waiter.slot is not None else None
             except BaseException:
-                self.cancelled += 1
+                self.cancelled += waiter.refusal is None  # else it is counted as what it was refused for
                 self.perform(self.machine.withdraw(waiter, monotonic()))
                 raise
-            if waiter.refuse is not None:
-                raise self.refusal(waiter.refuse, waiter.began)
+            if waiter.refusal is not None:
+                raise self.refusal(waiter.refusal, waiter.position, began=waiter.began, owner=waiter.owner)
             if connection is None:
+                self.machine.note_unused()
                 raise PoolClosed(f"{self.config.name} is closed")  # between the grant and now
             now = monotonic()
             if not self._has_ended(connection):

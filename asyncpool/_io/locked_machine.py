@@ -52,14 +52,15 @@ current = _Current()
 class ThreadWaiter(Waiter):
     """A thread in the queue. It is woken with a slot or a refusal."""
 
-    __slots__ = ("_gate", "began", "refuse", "wants_errors")
+    __slots__ = ("_gate", "began", "position", "refusal", "wants_errors")
 
     def __init__(self, deadline: float, began: float, *, wants_errors: bool = False) -> None:
         self.deadline = deadline
         self.owner = current.owner
         self.slot = None
         self.began = began
-        self.refuse: Refuse | None = None
+        self.refusal: Refusal | None = None
+        self.position = 0  # in the queue, when it was refused
         self.wants_errors = wants_errors  # it is refused as soon as a connect fails
         self._gate = threading.Lock()
         self._gate.acquire()
@@ -159,7 +160,7 @@ class LockedMachine(PoolMachine):
                 effect.wake()
             elif type(effect) is Refuse and isinstance(effect.waiter, ThreadWaiter):
                 waiter = effect.waiter
-                waiter.refuse = effect
+                waiter.refusal, waiter.position = effect.refusal, effect.position
                 waiter.wake()
             else:
                 self.for_loop.append(effect)
@@ -223,6 +224,7 @@ class LockedMachine(PoolMachine):
         """Lease the connection that was idle for the shortest time, to a caller at this place of the code. None if
         there is none, or it may not be handed out as it is, or is not known to have been alive since then.
         """
+        owner = current.owner
         mine = False
         try:
             self.lock.acquire()  # a `with` costs twice as much; in front of the `try`, Ctrl-C could leave it locked
@@ -245,6 +247,7 @@ class LockedMachine(PoolMachine):
                 slot.doom = CloseReason.MAX_USES
             session.site_code = code
             session.site_offset = offset
+            session.holder = owner
             connection = session.connection
             session.connection = None
             self._deciding = False

@@ -22,8 +22,7 @@ class _Repeated:
         self.told_at = told_at
         self.more = 0
         self.level = logging.NOTSET
-        self.text = ""
-        self.args: tuple[Any, ...] = ()
+        self.line = ""
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -41,11 +40,12 @@ class Log:
         count.
         """
         now = monotonic()
+        line = text % args  # what is kept must not be an error, whose traceback may hold a connection
         with self._lock:
             repeated = self._kinds.get(kind)
             if repeated is not None and now < repeated.told_at + REPEATED_WITHIN:
                 repeated.more += 1
-                repeated.level, repeated.text, repeated.args = max(level, repeated.level), text, args
+                repeated.level, repeated.line = max(level, repeated.level), line
                 if repeated.more == 1:
                     self._tell_later(repeated, repeated.told_at + REPEATED_WITHIN - now)
                 return
@@ -65,10 +65,10 @@ class Log:
             repeated.told_at = monotonic()
             repeated.timer = None
         if more == 1:
-            logger.log(repeated.level, f"%s: {repeated.text}", self._pool_name, *repeated.args)  # noqa: G004  # as above
+            logger.log(repeated.level, "%s: %s", self._pool_name, repeated.line)
         elif more:
-            text = f"%s: {repeated.text}; the last of %d like it within a minute"
-            logger.log(repeated.level, text, self._pool_name, *repeated.args, more)
+            text = "%s: %s; the last of %d like it within a minute"
+            logger.log(repeated.level, text, self._pool_name, repeated.line, more)
 
     def close(self) -> None:
         """Tell what was only counted so far."""

@@ -14,10 +14,10 @@ from psycopg import errors as e
 from psycopg.abc import PQGen
 from psycopg.waiting import Ready, Wait
 
-from .._core.effects import Refusal, Refuse
+from .._core.effects import Refusal
 from .._core.lanes import LANE_STALL, LOOK_EVERY, MAX_SENDS, Lane, LaneMachine, Paces, Statement
 from .._core.policy import NEVER
-from .._core.queue import GroupWaiter, Waiter
+from .._core.queue import GroupWaiter
 from .._core.slot import Slot
 from .._core.states import PoolPhase
 from ..errors import PoolClosed, StatementOutcomeUnknown, StatementTimeout
@@ -69,6 +69,7 @@ class Multiplexer:
         self.answered = 0  # statements so far, on lanes and in tasks
         self.answered_in_threads = 0  # those that had a lease
         self.timeouts = 0
+        self.cancelled = 0  # callers who left while their statement waited to be sent
         self._requests: set[GroupWaiter] = set()
         self._alone: dict[Lane, int] = {}  # those of statements that have a lease of their own, and their sockets
         self._timer: asyncio.TimerHandle | None = None
@@ -152,7 +153,7 @@ class Multiplexer:
     def _enqueue(self, statement: OneShot, now: float) -> None:
         runner = self._runner
         if runner.phase not in (PoolPhase.OPENING, PoolPhase.OPEN):
-            statement.fail(runner.refusal(Refuse(Waiter(NEVER), Refusal.CLOSED), now))
+            statement.fail(runner.refusal(Refusal.CLOSED, began=now))
             return
         self._lanes.enqueue(statement)
         if self._lanes.wants_lane(len(self._requests)):
@@ -176,7 +177,7 @@ class Multiplexer:
 
     def _fail(self, statement: OneShot, refusal: Refusal, began: float) -> None:
         self.timeouts += refusal is Refusal.TIMEOUT
-        error = self._runner.refusal(Refuse(Waiter(NEVER, statement.owner), refusal), began)
+        error = self._runner.refusal(refusal, began=began, owner=statement.owner)
         statement.forget()
         statement.fail(error)
 
@@ -188,6 +189,7 @@ class Multiplexer:
             statement.timer.cancel()
         self._lanes.withdraw(statement)
         if not statement.is_sent:
+            self.cancelled += statement.error is None  # else it is counted as what it was refused for
             statement.forget()
             self._withdraw_requests()
 
@@ -342,6 +344,7 @@ class Multiplexer:
         self._runner.machine.note_unused()
         slot.owner = None  # it goes back whatever its users do
         session.site_code = LANE
+        session.holder = session.stack = None  # those of its last lease
         session.connection = session.granted_to = None
         session.lease = NOT_LEASED  # for whoever has kept the object after its release
         lane = OpenLane(slot, connection, session)

@@ -8,10 +8,9 @@ from operator import attrgetter
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from .._core.effects import Refusal, Refuse
+from .._core.effects import Refusal
 from .._core.states import SlotState
 from ..errors import PoolClosed, PoolDeadlock, PoolError, PoolTimeout, TooManyWaiting
-from ..events import Holder
 from .connect_errors import words_of
 from .holders import describe, holders_of, holds
 from .session import Session
@@ -25,26 +24,28 @@ NAMED = 3
 _leased_at = attrgetter("leased_at")
 
 
-def refused(runner: Runner, refuse: Refuse, began: float) -> PoolError:
-    """The error for a caller who began to wait then."""
+def refused(runner: Runner, refusal: Refusal, began: float, owner: object, position: int) -> PoolError:
+    """The error for a caller, that task or thread, who began to wait then. `position` in the queue: 0 if there is none,
+    or it is not known.
+    """
     name = runner.config.name
     error: PoolError
-    if refuse.refusal is Refusal.CLOSED:
+    if refusal is Refusal.CLOSED:
         return PoolClosed(f"{name} is closed")
-    if refuse.refusal is Refusal.TOO_MANY_WAITING:
+    if refusal is Refusal.TOO_MANY_WAITING:
         return TooManyWaiting(f"{name}: {runner.waiting} callers are waiting, as max_waiting allows")
-    if refuse.refusal is Refusal.DEADLOCK:
+    if refusal is Refusal.DEADLOCK:
         return PoolDeadlock(
             f"{name}: every connection ({runner.machine.size}) is held by a block that waits for another one, acquired"
             f" at {_sites(runner)}: let a task hold one at a time, or pass on the one that it has (one-shot statements"
             " inside of a block: run them on the block's connection)"
         )
-    if refuse.refusal is Refusal.TIMEOUT:
+    if refusal is Refusal.TIMEOUT:
         waited = monotonic() - began
         if waited < 0.001:
-            return timed_out(runner, "no connection within 0 s", waited, refuse)
-        place = _place(refuse.position, runner.waiting)
-        return timed_out(runner, f"no connection within {waited:.3g} s{place}", waited, refuse)
+            return timed_out(runner, "no connection within 0 s", waited, owner, position)
+        place = _place(position, runner.waiting)
+        return timed_out(runner, f"no connection within {waited:.3g} s{place}", waited, owner, position)
     error = PoolError(f"{name}: cannot connect: {connect_error_words(runner)}")
     error.__cause__ = runner.last_connect_error
     return error
@@ -55,14 +56,14 @@ def _place(position: int, waiting: int) -> str:
     return f", number {position:,} of {max(position, waiting + 1):,} in the queue" if position else ""
 
 
-def timed_out(runner: Runner, what: str, waited: float, refuse: Refuse | None = None) -> PoolTimeout:
+def timed_out(runner: Runner, what: str, waited: float, owner: object = None, position: int = 0) -> PoolTimeout:
     """The error that explains itself: the state, who holds connections, and the last connect error, its cause."""
     machine, now = runner.machine, monotonic()
     held = holders_of(heapq.nsmallest(NAMED, machine.leases(), key=_leased_at), now)
     text = f"{runner.config.name}: {what}; {describe_sizes(runner)}"
     if held:
         text += f"; held longest: {describe(held)}"
-    if reason := _reason(runner, held, waited, refuse):
+    if reason := _reason(runner, waited, owner):
         text += f"; {reason}"
     failed = runner.last_connect_error
     age = None if failed is None else now - runner.last_connect_error_at
@@ -70,7 +71,7 @@ def timed_out(runner: Runner, what: str, waited: float, refuse: Refuse | None = 
         text + describe_connect_error(runner),
         pool=runner.config.name,
         waited=waited,
-        position=refuse.position or None if refuse is not None else None,
+        position=position or None,
         in_use=machine.count(SlotState.LEASED),
         idle=machine.count(SlotState.IDLE),
         connecting=machine.count(SlotState.CONNECTING),
@@ -82,12 +83,11 @@ def timed_out(runner: Runner, what: str, waited: float, refuse: Refuse | None = 
     return error
 
 
-def _reason(runner: Runner, held: list[Holder], waited: float, refuse: Refuse | None) -> str | None:
+def _reason(runner: Runner, waited: float, owner: object) -> str | None:
     """What the state says of the cause, if it says anything."""
     leases = runner.machine.leases()
     if len(leases) < runner.machine.max_size or waited < 0.001:
         return None
-    owner = refuse.waiter.owner if refuse is not None else None
     if owner is not None and any(holds(slot, owner) for slot in leases):
         return "who waited holds one of them: let it use that one, or give it back first"
     if monotonic() - max(slot.leased_at for slot in leases) >= waited:

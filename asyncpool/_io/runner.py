@@ -32,6 +32,7 @@ from .._core.effects import (
     Opened,
     OpeningFailed,
     Recycle,
+    Refusal,
     Refuse,
     WakeAt,
 )
@@ -63,11 +64,17 @@ class FutureWaiter(Waiter):
 
     __slots__ = ("future",)
 
-    def __init__(self, deadline: float, owner: asyncio.Task[Any] | None, future: asyncio.Future[Refuse | None]) -> None:
+    def __init__(
+        self, deadline: float, owner: asyncio.Task[Any] | None, future: asyncio.Future[tuple[Refusal, int] | None]
+    ) -> None:
         self.deadline = deadline
         self.owner = owner
         self.slot = None
         self.future = future
+
+    def is_refused(self) -> bool:
+        """Whether it has been told that it gets no connection."""
+        return self.future.done() and not self.future.cancelled() and self.future.result() is not None
 
 
 _all_runners: weakref.WeakSet[Runner] = weakref.WeakSet()
@@ -187,7 +194,8 @@ class Runner:
         """End the leases that keep the pool from closing."""
         for slot in self.machine.leases():
             assert isinstance(slot.resource, Session)
-            self.leases.note_end(slot.resource, monotonic())
+            if slot.resource.lease == slot.uses:  # else it was granted to a task that has not run since
+                self.leases.note_end(slot.resource, monotonic())
             slot.resource.lease = SEVERED
             slot.resource.touched = True
             slot.resource.sever()
@@ -259,11 +267,12 @@ class Runner:
             return
         assert isinstance(waiter, FutureWaiter)
         if not waiter.future.done():
-            waiter.future.set_result(refuse)
+            # Not the effect itself, which refers to the waiter: that cycle would keep its task.
+            waiter.future.set_result((refuse.refusal, refuse.position))
 
-    def refusal(self, refuse: Refuse, began: float) -> PoolError:
-        """The error for a caller who began to wait then."""
-        error = refused(self, refuse, began)
+    def refusal(self, refusal: Refusal, position: int = 0, *, began: float, owner: object = None) -> PoolError:
+        """The error for a caller, that task or thread, who began to wait then, and stood there in the queue."""
+        error = refused(self, refusal, began, owner, position)
         if isinstance(error, PoolTimeout):
             self.observations.note(TimedOut, error.waited)
         return error

@@ -42,7 +42,7 @@ def stats_of(name: str, sizes: tuple[int, int], runner: Runner | None, abandoned
         immediate=max(0, acquires - waited),
         waited=waited,
         timeouts=machine.timeouts + multiplexer.timeouts if machine is not None and multiplexer is not None else 0,
-        cancelled=runner.cancelled if runner is not None else 0,
+        cancelled=runner.cancelled + multiplexer.cancelled if runner is not None and multiplexer is not None else 0,
         returned_bad=runner.leases.returned_bad if runner is not None else 0,
         one_shots=multiplexer.answered + multiplexer.answered_in_threads if multiplexer is not None else 0,
         connects=machine.connects if machine is not None else 0,

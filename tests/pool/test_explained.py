@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import pickle
+import weakref
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -215,8 +217,6 @@ async def test_a_lease_keeps_its_task_from_nothing(dsn: str) -> None:
 
     async def take() -> None:
         nonlocal alive
-        import weakref
-
         payload = Payload()
         alive = weakref.ref(payload)
         kept.append(await pool.acquire())
@@ -236,6 +236,36 @@ async def test_lanes_are_named_as_what_they_are(dsn: str) -> None:
         (holder,) = pool.holders()
         assert str(holder).startswith("one-shot statements for 0")
         await slow
+
+
+async def test_lanes_are_no_leases_of_who_had_the_connection_before(dsn: str) -> None:
+    async with Pool(dsn, max_size=1, lanes=1) as pool:
+        async with pool.acquire() as conn:
+            await conn.execute("select 1")
+        slow = asyncio.create_task(pool.fetchval("select 1 from pg_sleep(0.3)"))
+        await eventually(lambda: pool.stats().leased == 1)
+        assert "who waited holds" not in str(await refused(pool))
+        await slow
+
+
+@on_both_loops
+async def test_who_was_refused_is_not_kept_by_what_it_was_told(dsn: str) -> None:
+    """A cycle would keep its task, and all that hangs on that, until the garbage collector runs."""
+    async with Pool(dsn, max_size=1) as pool, held_by(pool, "holder"):
+
+        async def wait() -> None:
+            with suppress(PoolTimeout):
+                await pool.acquire(0.01)
+
+        waiting = asyncio.create_task(wait())
+        gone = weakref.ref(waiting)
+        gc.disable()
+        try:
+            await waiting
+            del waiting
+            await eventually(lambda: gone() is None, timeout=1)
+        finally:
+            gc.enable()
 
 
 def test_an_error_that_was_pickled_says_the_same() -> None:

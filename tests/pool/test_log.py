@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
 from kit.virtual_time import VirtualLoop, run_virtually
 
@@ -91,6 +93,18 @@ async def test_what_was_only_counted_is_told_when_the_pool_is_closed(
     ]
     assert timer is not None
     assert timer.cancelled()
+
+
+async def test_what_is_told_of_is_not_kept(now: list[float]) -> None:
+    """The traceback of an error may hold a connection."""
+    told = Log("orders", asyncio.get_running_loop())
+    told.write(logging.INFO, "kind", "first")
+    error = psycopg.OperationalError("second")
+    gone = weakref.ref(error)
+    told.write(logging.INFO, "kind", "%s", error)
+    del error
+    assert gone() is None
+    told.close()
 
 
 def test_the_timer_tells_what_was_counted_when_the_minute_is_over(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import suppress
 from dataclasses import FrozenInstanceError
 from typing import TYPE_CHECKING
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from kit.loops import on_both_loops
-from kit.waiting import eventually
+from kit.threads import in_thread
+from kit.waiting import eventually, eventually_blocking
 
-from asyncpool import CloseReason, Pool, PoolStats, PoolTimeout, SyncPool
+from asyncpool import CloseReason, Pool, PoolError, PoolStats, PoolTimeout, SyncPool
 from asyncpool.histogram import SHORTEST
 
 if TYPE_CHECKING:
@@ -162,6 +164,75 @@ async def test_a_pool_that_was_never_opened_has_nothing_to_tell(dsn: str) -> Non
     assert (stats.max_size, stats.size, stats.acquires, stats.hold.count, stats.wait.max) == (7, 0, 0, 0, 0.0)
     with pytest.raises(FrozenInstanceError):
         stats.size = 1  # type: ignore[misc]  # what is tested
+
+
+async def test_who_leaves_while_a_statement_waits_to_be_sent_is_counted_as_cancelled(dsn: str) -> None:
+    async with Pool(dsn, max_size=1) as pool:
+        held = await pool.acquire()
+        waiting = asyncio.create_task(pool.fetchval("select 1"))
+        await eventually(lambda: pool.stats().waiting == 1)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert (pool.stats().cancelled, pool.stats().waiting) == (1, 0)
+        await pool.release(held)
+
+
+async def test_who_is_cancelled_when_it_was_refused_is_counted_once(dsn: str) -> None:
+    async with Pool(dsn, max_size=1) as pool:
+        held = await pool.acquire()
+        waiting = asyncio.create_task(take(pool, 0))
+        await asyncio.sleep(0)  # it is told in its next turn
+        assert pool.stats().timeouts == 1
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        assert (pool.stats().timeouts, pool.stats().cancelled) == (1, 0)
+        await pool.release(held)
+
+
+def test_a_thread_that_takes_what_another_has_just_given_back_is_named(dsn: str) -> None:
+    with SyncPool(dsn, max_size=1) as pool:
+        thread = threading.Thread(target=lambda: pool.putconn(pool.getconn()), name="worker 7")
+        thread.start()
+        thread.join()
+        (slot,) = pool._pool._runner.machine.slots()  # type: ignore[union-attr]  # it is open
+        slot.resource.alive_at = time.monotonic() + 60  # type: ignore[attr-defined]  # it is not looked at once more
+        conn = pool.getconn()
+        assert [holder.owner for holder in pool.holders()] == ["thread 'MainThread'"]
+        pool.putconn(conn)
+
+
+def test_a_thread_s_lease_that_close_has_ended_is_among_the_holds(dsn: str) -> None:
+    pool = SyncPool(dsn, max_size=1)
+    pool.open()
+    conn = pool.getconn()
+    eventually_blocking(lambda: pool.holders()[0].held_for > 10 * SHORTEST)
+    pool.close(timeout=0)
+    with suppress(PoolError):
+        pool.putconn(conn)
+    assert pool.stats().hold.count == 1
+    assert pool.stats().hold.max > 10 * SHORTEST
+
+
+def test_a_connection_that_had_ended_when_a_thread_was_to_get_it_was_no_lease(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = iter([True])
+
+    def has_closed(fd: int) -> bool:
+        time.sleep(10 * SHORTEST)  # the time until then is no hold
+        return next(ends, False)
+
+    with SyncPool(dsn, max_size=1) as pool:
+        held = pool.getconn()
+        waiting = in_thread(lambda: pool.putconn(pool.getconn()))
+        eventually_blocking(lambda: pool.stats().waiting == 1)
+        monkeypatch.setattr("asyncpool._io.blocking.peer_has_closed", has_closed)
+        pool.putconn(held)
+        waiting.result()
+        stats = pool.stats()
+        assert stats.closes == {CloseReason.DISCONNECTED: 1}
+        assert stats.acquires == stats.hold.count == 2
 
 
 def test_threads_count_as_tasks_do(dsn: str) -> None:
