@@ -82,6 +82,7 @@ class PoolMachine:
         "timeouts",
         "unused",
         "uses_of_gone",
+        "uses_of_waiters",
         "waiters",
     )
 
@@ -122,6 +123,7 @@ class PoolMachine:
         self._effects: list[Effect] = []
         self._numbers = 0
         self.uses_of_gone = 0
+        self.uses_of_waiters = 0  # leases that were granted to who stood in the queue; not those that nobody has had
         self.unused = 0  # leases that nobody has had
         self.timeouts = 0
         self.connects = 0
@@ -148,6 +150,11 @@ class PoolMachine:
     def acquires(self) -> int:
         """How many leases there have been that somebody has had."""
         return self.uses_of_gone + sum(slot.uses for slot in tuple(self._slots)) - self.unused
+
+    @property
+    def immediate(self) -> int:
+        """How many of them stood in no queue."""
+        return self.acquires - self.uses_of_waiters
 
     def leases(self) -> list[Slot]:
         """The leased slots, longest held first."""
@@ -217,9 +224,10 @@ class PoolMachine:
         is_proof = witness is not None and witness.state is LEASED and not (witness.owner and witness.owner() is owner)
         return not is_proof and self._is_circle()
 
-    def note_unused(self) -> None:
-        """A lease was none: its connection had ended, or it carries one-shot statements."""
+    def note_unused(self, *, was_granted: bool) -> None:
+        """A lease was none: its connection had ended, or it carries one-shot statements. `was_granted`: to a waiter."""
         self.unused += 1
+        self.uses_of_waiters -= was_granted
 
     def _turn_away(self, waiter: Waiter, now: float) -> Effects:
         """The queue is full: refuse, but grow as for a waiter, so that a later caller finds a connection."""
@@ -234,7 +242,7 @@ class PoolMachine:
         if slot is None:
             self.waiters.discard(waiter)
             return NO_EFFECTS
-        PoolMachine.note_unused(self)
+        PoolMachine.note_unused(self, was_granted=True)
         if slot.state is not LEASED:
             return NO_EFFECTS  # severed meanwhile
         return PoolMachine.give_back(self, slot, slot.verified_at, now)
@@ -558,6 +566,7 @@ class PoolMachine:
         waiter.slot = slot
         slot.leased_at = now
         slot.uses += 1
+        self.uses_of_waiters += 1
         if slot.uses >= self._max_uses:
             self._doom(slot, CloseReason.MAX_USES)
         return waiter

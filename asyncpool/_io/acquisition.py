@@ -122,14 +122,14 @@ class Acquisition(Generic[C]):
             slot = waiter.slot
             assert slot is not None
             if slot.state is not LEASED:
-                runner.machine.note_unused()
+                runner.machine.note_unused(was_granted=True)
                 raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
             now = monotonic()
             runner.watch.look(now)
             if not slot.is_disconnected:
                 runner.waits.record(now - began)
                 return slot
-            runner.machine.note_unused()
+            runner.machine.note_unused(was_granted=True)
             runner.perform(runner.machine.discard(slot, slot.doom, now))  # it ended since it was granted
 
     async def _set_up(self, connection: PooledConnection) -> None:

@@ -159,7 +159,7 @@ class BlockingRunner(Runner):
         """A connection, taken or waited for. Raises as `SyncPool.getconn`; Ctrl-C leaves nothing behind."""
         now = monotonic()
         connection = self.machine.lend(now, -NEVER, code, offset)
-        if connection is not None and not self._has_ended(connection):
+        if connection is not None and not self._has_ended(connection, was_granted=False):
             session: Session = connection._session
         else:
             connection = self._wait_for_one(now, timeout)
@@ -171,7 +171,7 @@ class BlockingRunner(Runner):
                 self.leases.restore(session, connection)  # `session.connection` is None of a lease
         return connection if self.is_plain else self.prepare(connection, now)
 
-    def _has_ended(self, connection: Any) -> bool:
+    def _has_ended(self, connection: Any, *, was_granted: bool) -> bool:
         """Look at the socket of a connection that is about to be handed out; one that has ended is discarded."""
         session: Session = connection._session
         fd = socket_of(session.pgconn)
@@ -179,7 +179,7 @@ class BlockingRunner(Runner):
             session.alive_at = monotonic()
             return False
         ensure_stack()
-        self.machine.note_unused()
+        self.machine.note_unused(was_granted=was_granted)
         session.lease = NOT_LEASED
         session.connection = connection
         self.perform(self.machine.discard(cast(Slot, session.slot), CloseReason.DISCONNECTED, monotonic()))
@@ -214,10 +214,10 @@ class BlockingRunner(Runner):
             if waiter.refusal is not None:
                 raise self.refusal(waiter.refusal, waiter.position, began=waiter.began, owner=waiter.owner)
             if connection is None:
-                self.machine.note_unused()
+                self.machine.note_unused(was_granted=True)
                 raise PoolClosed(f"{self.config.name} is closed")  # between the grant and now
             now = monotonic()
-            if not self._has_ended(connection):
+            if not self._has_ended(connection, was_granted=True):
                 self.waits.record(now - began)
                 return connection
 

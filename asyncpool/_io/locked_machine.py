@@ -335,10 +335,10 @@ class LockedMachine(PoolMachine):
         with self.lock:
             return super().take(now)
 
-    def note_unused(self) -> None:
+    def note_unused(self, *, was_granted: bool) -> None:
         """A lease was none."""
         with self.lock:
-            super().note_unused()
+            super().note_unused(was_granted=was_granted)
 
     def joined(self, waiter: Waiter, owner: object) -> bool:
         """Whether one more who stands still for a waiter completes a circle."""
@@ -371,6 +371,7 @@ class LockedMachine(PoolMachine):
                 session.connection = session.reference() if session.reference is not None else None
                 session.lease = NOT_LEASED
                 if session.connection is None:
+                    PoolMachine.note_unused(self, was_granted=True)
                     return PoolMachine.discard(self, slot, CloseReason.LEASE_LOST, now)
         return PoolMachine.withdraw(self, waiter, now)
 

@@ -284,6 +284,7 @@ class Multiplexer:
         runner.watch.look(now)
         slot = runner.machine.take(now)
         if slot is not None:
+            runner.machine.note_unused(was_granted=False)
             self._open(slot, now)
             return True
         waiter = GroupWaiter(NEVER, self._owners)
@@ -306,13 +307,14 @@ class Multiplexer:
         slot = waiter.slot
         now = monotonic()
         if slot is None or slot.state is not LEASED:
+            self._runner.machine.note_unused(was_granted=True)
             return  # the pool was closed since
         if not self._lanes.waiting:  # they were refused since
             self._runner.perform(self._runner.machine.withdraw(waiter, now))
             return
+        self._runner.machine.note_unused(was_granted=True)
         self._runner.watch.look(now)
         if slot.is_disconnected:
-            self._runner.machine.note_unused()
             self._runner.perform(self._runner.machine.discard(slot, slot.doom, now))
             self._fill_all(now)
         else:
@@ -341,7 +343,6 @@ class Multiplexer:
         connection = session.connection
         if session.touched:  # somebody went on with the object after its release
             self._runner.leases.restore(session, connection)
-        self._runner.machine.note_unused()
         slot.owner = None  # it goes back whatever its users do
         session.site_code = LANE
         session.holder = session.stack = None  # those of its last lease

@@ -22,10 +22,12 @@ def stats_of(name: str, sizes: tuple[int, int], runner: Runner | None, abandoned
     def count(state: SlotState) -> int:
         return sized.machine.count(state) if sized is not None else 0
 
-    acquires = machine.acquires if machine is not None else 0
-    wait = runner.waits.snapshot(acquires) if runner is not None else EMPTY
-    ended = acquires - count(SlotState.LEASED) + (multiplexer.lanes if multiplexer is not None else 0)
+    # Of one that was granted it is not known yet whether the caller takes it up, and totals must not go down.
+    immediate = machine.immediate if machine is not None else 0
     waited = runner.waits.count if runner is not None else 0
+    acquires = immediate + waited
+    begun = machine.acquires if machine is not None else 0
+    ended = begun - count(SlotState.LEASED) + (multiplexer.lanes if multiplexer is not None else 0)
     return PoolStats(
         name=name,
         min_size=sizes[0],
@@ -39,7 +41,7 @@ def stats_of(name: str, sizes: tuple[int, int], runner: Runner | None, abandoned
         closing=count(SlotState.CLOSING),
         waiting=sized.waiting if sized is not None else 0,
         acquires=acquires,
-        immediate=max(0, acquires - waited),
+        immediate=immediate,
         waited=waited,
         timeouts=machine.timeouts + multiplexer.timeouts if machine is not None and multiplexer is not None else 0,
         cancelled=runner.cancelled + multiplexer.cancelled if runner is not None and multiplexer is not None else 0,
@@ -49,7 +51,7 @@ def stats_of(name: str, sizes: tuple[int, int], runner: Runner | None, abandoned
         connect_errors=machine.connect_errors if machine is not None else 0,
         abandoned=abandoned,
         closes=MappingProxyType(dict(machine.closes) if machine is not None else {}),
-        wait=wait,
+        wait=runner.waits.snapshot(acquires) if runner is not None else EMPTY,
         hold=runner.leases.holds.snapshot(ended) if runner is not None else EMPTY,
         connect=runner.connects.snapshot() if runner is not None else EMPTY,
     )

@@ -402,8 +402,22 @@ def test_a_grant_that_nobody_has_had_is_no_lease() -> None:
     assert pool.machine.acquires == 1
 
 
-def test_a_lease_that_was_none_is_not_counted() -> None:
-    machine = busy_pool(2)[0].machine
+@pytest.mark.parametrize("was_granted", [False, True])
+def test_a_lease_that_was_none_is_not_counted(was_granted: bool) -> None:
+    pool, [holder] = busy_pool()
+    pool.acquire()
+    pool.release(holder)
+    machine = pool.machine
+    before = machine.immediate
     assert machine.acquires == 2
-    machine.note_unused()
+    machine.note_unused(was_granted=was_granted)
     assert machine.acquires == 1
+    assert machine.immediate == (before if was_granted else before - 1)
+
+
+def test_who_stood_in_the_queue_was_not_served_at_once() -> None:
+    pool, [holder] = busy_pool()
+    before = pool.machine.immediate
+    pool.acquire()
+    pool.release(holder)
+    assert (pool.machine.acquires, pool.machine.immediate) == (2, before)

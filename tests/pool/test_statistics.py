@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import FrozenInstanceError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
@@ -58,6 +58,7 @@ async def test_who_leaves_the_queue_has_had_no_lease(dsn: str) -> None:
         cancelled.cancel()
         await asyncio.wait([cancelled])
         pool.release(held)
+        assert (pool.stats().acquires, pool.stats().immediate) == (1, 1)  # totals never go down
         granted.cancel()  # after its grant, before it runs
         await asyncio.wait([granted])
         stats = pool.stats()
@@ -195,8 +196,9 @@ def test_a_thread_that_takes_what_another_has_just_given_back_is_named(dsn: str)
         thread = threading.Thread(target=lambda: pool.putconn(pool.getconn()), name="worker 7")
         thread.start()
         thread.join()
-        (slot,) = pool._pool._runner.machine.slots()  # type: ignore[union-attr]  # it is open
-        slot.resource.alive_at = time.monotonic() + 60  # type: ignore[attr-defined]  # it is not looked at once more
+        runner: Any = pool._pool._runner
+        (slot,) = runner.machine.slots()
+        slot.resource.alive_at = time.monotonic() + 60  # it is not looked at once more
         conn = pool.getconn()
         assert [holder.owner for holder in pool.holders()] == ["thread 'MainThread'"]
         pool.putconn(conn)
