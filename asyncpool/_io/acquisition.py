@@ -113,8 +113,8 @@ class Acquisition(Generic[C]):
                     yield  # refused at once: a loop that tries again must not keep the event loop from everybody else
                 yield from waiter.future
             except BaseException:
-                if not waiter.is_refused():  # else it is counted as what it was refused for
-                    runner.cancelled += 1
+                # One that was refused in the same instant, be it before or after, is counted as that.
+                runner.cancelled += waiter.slot is not None or waiter in runner.machine.waiters
                 runner.perform(runner.machine.withdraw(waiter, monotonic()))
                 raise
             if (refused := waiter.future.result()) is not None:

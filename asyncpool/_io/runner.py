@@ -72,10 +72,6 @@ class FutureWaiter(Waiter):
         self.slot = None
         self.future = future
 
-    def is_refused(self) -> bool:
-        """Whether it has been told that it gets no connection."""
-        return self.future.done() and not self.future.cancelled() and self.future.result() is not None
-
 
 _all_runners: weakref.WeakSet[Runner] = weakref.WeakSet()
 

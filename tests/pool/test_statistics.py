@@ -191,6 +191,22 @@ async def test_who_is_cancelled_when_it_was_refused_is_counted_once(dsn: str) ->
         await pool.release(held)
 
 
+async def test_who_is_refused_when_he_was_cancelled_is_counted_once(dsn: str) -> None:
+    async with Pool(dsn, max_size=1) as pool:
+        held = await pool.acquire()
+        waiting = asyncio.create_task(take(pool, 0.02))
+        await asyncio.sleep(0)
+        assert pool.stats().waiting == 1
+        waiting.cancel()
+        time.sleep(0.03)  # noqa: ASYNC251  # its time is over before it runs
+        pool.resize(0, 1)  # the pool looks at the time
+        assert pool.stats().timeouts == 1
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        assert (pool.stats().timeouts, pool.stats().cancelled) == (1, 0)
+        await pool.release(held)
+
+
 def test_a_thread_that_takes_what_another_has_just_given_back_is_named(dsn: str) -> None:
     with SyncPool(dsn, max_size=1) as pool:
         thread = threading.Thread(target=lambda: pool.putconn(pool.getconn()), name="worker 7")
