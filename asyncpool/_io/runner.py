@@ -332,7 +332,7 @@ class Runner:
         now = monotonic()
         if slot.state is SlotState.CONNECTING:
             error = OperationalError(f"the pool's task that connects {what}")
-            self._note_connect_error(ConnectFailed(error, ConnectFailure.TRANSIENT), logging.DEBUG)
+            self._note_connect_error(ConnectFailed(error, ConnectFailure.TRANSIENT), is_news=False)
             self.perform(self.machine.connect_failed(slot, ConnectFailure.TRANSIENT, now))
         elif slot.state is SlotState.CHECKING:
             self.perform(self.machine.check_failed(slot, CloseReason.CHECK_FAILED, now))
@@ -380,14 +380,15 @@ class Runner:
             self.log.write(logging.INFO, "again", "connected again")
             self.last_connect_error = None
 
-    def _note_connect_error(self, failed: ConnectFailed, level: int = logging.WARNING) -> None:
+    def _note_connect_error(self, failed: ConnectFailed, *, is_news: bool = True) -> None:
         # The first of an outage is news, unless it is raised by open().
         error = failed.error
         ends_opening = self._single_round or failed.failure is ConnectFailure.FINAL
         told = self.opening_is_awaited and ends_opening and self.phase is PoolPhase.OPENING
-        if told or self.last_connect_error is not None:
-            level = logging.DEBUG
-        logger.log(level, "%s: connecting failed: %s", self.config.name, words_of(error))
+        if is_news and not told and self.last_connect_error is None:
+            self.log.write(logging.WARNING, "connecting", "connecting failed: %s", words_of(error))
+        else:
+            logger.debug("%s: connecting failed: %s", self.config.name, words_of(error))
         error.__traceback__ = None
         self.last_connect_error = error
         self.last_connect_error_at = monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import weakref
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from kit.virtual_time import VirtualLoop, run_virtually
+from kit.waiting import eventually
 
 from asyncpool import Pool
 from asyncpool._io import log
@@ -134,6 +136,29 @@ async def test_connections_that_are_found_dead_together_are_one_line_and_a_count
     told = lines(caplog, "unusable")
     assert len(told) <= 3, told  # the first, at most the others with a count, for each of two levels
     assert any("like it within a minute" in text for _, text in told)
+
+
+async def test_a_server_that_comes_and_goes_is_no_flood(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+    fails = itertools.cycle([False, True])
+
+    async def configure(conn: Connection) -> None:
+        if next(fails):
+            raise psycopg.OperationalError("not now")
+
+    async with Pool(
+        dsn, min_size=1, max_size=1, max_uses=1, configure=configure, acquire_timeout=20, backoff_initial=0.001
+    ) as pool:
+        for _ in range(5):
+            async with pool.acquire():
+                pass
+            await eventually(lambda: pool.stats().idle == 1)
+        assert pool.stats().connect_errors >= 4
+        assert len(lines(caplog, "connecting failed")) == 1
+    ((_, first), (level, last)) = lines(caplog, "connecting failed")
+    assert level == logging.WARNING
+    assert "like it within a minute" not in first
+    assert "not now" in last
+    assert "like it within a minute" in last
 
 
 async def drop_one(pool: Pool[Connection]) -> None:
