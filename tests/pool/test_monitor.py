@@ -95,9 +95,14 @@ async def test_who_connects_is_told_a_line_at_once_and_one_each_second(dsn: str,
         reader, writer = await asyncio.open_unix_connection(path)
         first = told(await reader.readline())
         await pool.fetchval("select 1")
+        for _ in range(30):
+            async with pool.acquire():
+                pass
         second = told(await reader.readline())
         writer.close()
-    assert 0.9 < second["open_for"] - first["open_for"] < 10
+    between = second["open_for"] - first["open_for"]
+    assert 0.9 < between < 10
+    assert second["acquires_per_second"] == pytest.approx(30 / between, rel=0.01)
     assert (first["totals"]["one_shots"], second["totals"]["one_shots"]) == (0, 1)
     assert (first["format"], first["pool"], first["pid"]) == (1, pool.name, os.getpid())
 
