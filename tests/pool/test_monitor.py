@@ -92,6 +92,9 @@ def is_there(path: str) -> bool:
 @on_both_loops
 async def test_who_connects_is_told_a_line_at_once_and_one_each_second(dsn: str, path: str) -> None:
     async with Pool(dsn, monitor=path, min_size=2, max_size=3) as pool:
+        for _ in range(30):
+            async with pool.acquire():
+                pass
         reader, writer = await asyncio.open_unix_connection(path)
         first = told(await reader.readline())
         await pool.fetchval("select 1")
