@@ -46,6 +46,13 @@ class Default:
 DEFAULT = Default()
 
 
+class _OfConnection:
+    """An attribute that a connection has, and what acquire() returns has not."""
+
+    def __get__(self, acquisition: object, owner: type) -> object:
+        raise AttributeError("`await` what acquire() returns, or use `async with`, to get a connection")
+
+
 class Acquisition(Generic[C]):
     """A connection to be: `await` it, or enter it with `async with`."""
 
@@ -166,10 +173,8 @@ class Acquisition(Generic[C]):
         def __exit__(self, *_):
             """Python looks for it before it calls __enter__."""
 
-        def __getattr__(self, name):
-            # It has not what a connection has, for which somebody takes it.
-            words = "`await` what acquire() returns, or use `async with`, to get a connection"
-            raise AttributeError(f"{name!r}: {words}", name=name, obj=self)
+        # What a connection has, for which somebody takes it; a `__getattr__` would slow every attribute down.
+        close = commit = cursor = execute = pipeline = rollback = transaction = _OfConnection()
 
     def _exit(self, exc_type: type[BaseException] | None) -> Awaitable[None]:
         leases = self._runner.leases

@@ -23,7 +23,8 @@ _WORDS = {
 
 def holders_of(slots: Iterable[Slot], now: float) -> list[Holder]:
     """The leases of these slots. Any thread may ask: those that have just ended are left out."""
-    return [_holder(slot, slot.resource, now) for slot in slots if isinstance(slot.resource, Session)]
+    sessions = [(slot, slot.resource) for slot in slots]  # another thread may end one in between two looks at it
+    return [_holder(slot, session, now) for slot, session in sessions if isinstance(session, Session)]
 
 
 def holds(slot: Slot, owner: object) -> bool:
