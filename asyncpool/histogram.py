@@ -79,12 +79,13 @@ EMPTY = Histogram((0,) * (len(BOUNDS) + 1), 0.0, 0.0)
 class Durations:
     """Counts durations. Any thread may."""
 
-    __slots__ = ("_counts", "_lock", "_max", "_sum")
+    __slots__ = ("_counts", "_lock", "_max", "_sum", "_unrecorded")
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS) + 1)
         self._sum = 0.0
         self._max = 0.0
+        self._unrecorded = 0
         self._lock = threading.RLock()  # a finalizer may end a lease in the midst of this
 
     @property
@@ -105,7 +106,9 @@ class Durations:
         """What was counted so far. `total`: how many there are with the shortest, which were not recorded."""
         with self._lock:
             counts, seconds, longest = self._counts.copy(), self._sum, self._max
-        if total is not None:
-            counts[0] += max(0, total - sum(counts))
-            longest = max(longest, SHORTEST if counts[0] else 0.0)
+            if total is not None:
+                # Another thread may have recorded one that is not among the total yet: what was told once stays so.
+                self._unrecorded = max(self._unrecorded, total - sum(counts))
+                counts[0] += self._unrecorded
+                longest = max(longest, SHORTEST if counts[0] else 0.0)
         return Histogram(tuple(counts), seconds, longest)

@@ -30,13 +30,23 @@ def holders_of(slots: Iterable[Slot], now: float) -> list[Holder]:
 def holds(slot: Slot, owner: object) -> bool:
     """Whether this lease is that task's or thread's."""
     session = slot.resource
-    return isinstance(session, Session) and session.holder is not None and session.holder() is owner
+    return (
+        isinstance(session, Session)
+        and session.lease == slot.uses
+        and session.holder is not None
+        and session.holder() is owner
+    )
 
 
 def _holder(slot: Slot, session: Session, now: float) -> Holder:
-    status = TransactionStatus(session.pgconn.transaction_status)
-    owner = "" if session.site_code is LANE else name_of_holder(session)
-    return Holder(session.site, now - slot.leased_at, session.backend_pid, session.stack, owner, _WORDS[status])
+    status = _WORDS[TransactionStatus(session.pgconn.transaction_status)]
+    held_for = max(0.0, now - slot.leased_at)  # another thread may have taken it since
+    if session.site_code is LANE:
+        return Holder(LANE, held_for, session.backend_pid, transaction=status)
+    if session.lease != slot.uses:  # what the session knows is of the lease before
+        return Holder("unknown", held_for, session.backend_pid, owner="a caller who is being woken", transaction=status)
+    owner = name_of_holder(session)
+    return Holder(session.site, held_for, session.backend_pid, session.stack, owner, status)
 
 
 def name_of_holder(session: Session) -> str:

@@ -31,14 +31,15 @@ class ThreadOwner:
     """Stands for a thread, alone of its kind as long as somebody holds it: a thread's ident is another's after it."""
 
     def __init__(self) -> None:
-        self._thread_name = threading.current_thread().name
+        self._ident = threading.get_ident()
 
     def __call__(self) -> ThreadOwner:
         """Itself, as a `Slot.owner` is asked."""
         return self
 
     def __str__(self) -> str:
-        return f"thread {self._thread_name!r}"
+        names = [thread.name for thread in threading.enumerate() if thread.ident == self._ident]
+        return f"thread {names[0]!r}" if names else "a thread that has ended"
 
 
 class _Current(threading.local):
@@ -212,6 +213,7 @@ class LockedMachine(PoolMachine):
             return
         session.granted_to = None
         being_lent = session.lease == slot.uses and session.connection is not None
+        self.unused += being_lent
         if being_lent or (slot not in self._leased and slot not in self._idle):
             slot.state = IDLE
             session.lease = NOT_LEASED

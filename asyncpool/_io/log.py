@@ -37,7 +37,7 @@ class Log:
 
     def write(self, level: int, kind: str, text: str, *args: Any, exc_info: BaseException | None = None) -> None:
         """A line of a kind that may come often. Of those of a minute, the first is told at once and the last with a
-        count.
+        count; each of them at DEBUG.
         """
         now = monotonic()
         line = text % args  # what is kept must not be an error, whose traceback may hold a connection
@@ -48,8 +48,9 @@ class Log:
                 repeated.level, repeated.line = max(level, repeated.level), line
                 if repeated.more == 1:
                     self._tell_later(repeated, repeated.told_at + REPEATED_WITHIN - now)
-                return
-            self._kinds[kind] = _Repeated(now)
+                level = logging.DEBUG
+            else:
+                self._kinds[kind] = _Repeated(now)
         logger.log(level, f"%s: {text}", self._pool_name, *args, exc_info=exc_info)  # noqa: G004  # a constant
 
     def _tell_later(self, repeated: _Repeated, seconds: float) -> None:
@@ -62,13 +63,14 @@ class Log:
     def _tell(self, repeated: _Repeated) -> None:
         with self._lock:
             more, repeated.more = repeated.more, 0
+            level, repeated.level = repeated.level, logging.NOTSET
             repeated.told_at = monotonic()
             repeated.timer = None
         if more == 1:
-            logger.log(repeated.level, "%s: %s", self._pool_name, repeated.line)
+            logger.log(level, "%s: %s", self._pool_name, repeated.line)
         elif more:
             text = "%s: %s; the last of %d like it within a minute"
-            logger.log(repeated.level, text, self._pool_name, repeated.line, more)
+            logger.log(level, text, self._pool_name, repeated.line, more)
 
     def close(self) -> None:
         """Tell what was only counted so far."""

@@ -43,7 +43,7 @@ def refused(runner: Runner, refusal: Refusal, began: float, owner: object, posit
     if refusal is Refusal.TIMEOUT:
         waited = monotonic() - began
         if waited < 0.001:
-            return timed_out(runner, "no connection within 0 s", waited, owner, position)
+            return timed_out(runner, "no connection within 0 s", waited, owner)
         place = _place(position, runner.waiting)
         return timed_out(runner, f"no connection within {waited:.3g} s{place}", waited, owner, position)
     error = PoolError(f"{name}: cannot connect: {connect_error_words(runner)}")

@@ -113,7 +113,6 @@ class Runner:
         self.last_connect_error: Exception | None = None
         self.last_connect_error_at = 0.0
         self._single_round = False
-        self._told_of_callable = False
         self.opening_is_awaited = False  # so that somebody gets the error raised that ends it
         _all_runners.add(self)
         self._tasks: dict[Slot, asyncio.Task[None]] = {}
@@ -381,11 +380,10 @@ class Runner:
             self.last_connect_error = None
 
     def _note_connect_error(self, failed: ConnectFailed, *, is_news: bool = True) -> None:
-        # The first of an outage is news, unless it is raised by open().
         error = failed.error
         ends_opening = self._single_round or failed.failure is ConnectFailure.FINAL
         told = self.opening_is_awaited and ends_opening and self.phase is PoolPhase.OPENING
-        if is_news and not told and self.last_connect_error is None:
+        if is_news and not told:  # else open() raises it, or somebody has cancelled the pool's own task
             self.log.write(logging.WARNING, "connecting", "connecting failed: %s", words_of(error))
         else:
             logger.debug("%s: connecting failed: %s", self.config.name, words_of(error))
@@ -424,12 +422,11 @@ class Runner:
                 self._scopes.pop(slot, None)
 
     def _note_unusable(self, unusable: Unusable) -> None:
-        # A callable that fails each time costs a connection each time: that is news, once.
+        # A callable that fails each time costs a connection each time: that is news.
         is_users = (unusable.reason is CloseReason.CHECK_FAILED and self.config.check is not None) or (
             unusable.reason is CloseReason.RESET_FAILED and callable(self.config.reset)
         )
-        level = logging.WARNING if is_users and not self._told_of_callable else logging.INFO
-        self._told_of_callable |= is_users
+        level = logging.WARNING if is_users else logging.INFO
         self.log.write(level, f"unusable {level}", "a connection is unusable: %s", unusable)
 
     async def _close(self, slot: Slot, running: asyncio.Task[None] | None) -> None:

@@ -342,6 +342,7 @@ class Session:
         finally:
             if cancelling is not None:
                 cancelling.cancel()
+                cancelling.add_done_callback(_retrieve)
 
     async def _wait_for_thread(self, ending: socket.socket, request: PGcancelConn) -> None:
         """Wait until no thread is inside libpq, or the server has ended the session: until then what arrives is the

@@ -188,6 +188,7 @@ async def test_a_refusal_at_once_makes_no_guess_and_names_no_place(dsn: str) -> 
     async with Pool(dsn, max_size=1) as pool, held_by(pool, "holder"):
         error = await refused(pool, 0)
     assert "no connection within 0 s; 1 in use" in str(error)
+    assert error.position is None
     assert "came back" not in str(error)
 
 
@@ -309,3 +310,14 @@ async def test_track_outcome_is_true_or_false(dsn: str, value: Any) -> None:
     async with Pool(dsn) as pool:
         with pytest.raises(TypeError, match="track_outcome must be True or False"):
             pool.transaction(track_outcome=value)
+
+
+async def test_who_is_just_being_woken_is_not_taken_for_the_holder_before(dsn: str) -> None:
+    async with Pool(dsn, max_size=1) as pool:
+        mine = await pool.acquire()
+        next_one = asyncio.create_task(_acquire(pool, None))
+        await eventually(lambda: pool.stats().waiting == 1)
+        pool.release(mine)
+        (holder,) = pool.holders()
+        assert (holder.owner, holder.site) == ("a caller who is being woken", "unknown")
+        await next_one

@@ -51,15 +51,20 @@ async def test_of_many_lines_of_a_kind_the_first_is_told_at_once_and_the_last_wi
     caplog.set_level(logging.DEBUG, "asyncpool")
     for number in range(5):
         told.write(logging.WARNING, "kind", "number %d", number)
-    assert lines(caplog) == [(logging.WARNING, "orders: number 0")]
+    assert lines(caplog) == [
+        (logging.WARNING, "orders: number 0"),
+        *((logging.DEBUG, f"orders: number {number}") for number in range(1, 5)),
+    ]
+    caplog.set_level(logging.INFO, "asyncpool")
+    caplog.clear()
     now[0] += REPEATED_WITHIN
     await tell_later(told, "kind")
-    assert lines(caplog)[1:] == [(logging.WARNING, "orders: number 4; the last of 4 like it within a minute")]
+    assert lines(caplog) == [(logging.WARNING, "orders: number 4; the last of 4 like it within a minute")]
     told.write(logging.WARNING, "kind", "number %d", 5)  # it has just been told
-    assert len(lines(caplog)) == 2
+    assert len(lines(caplog)) == 1
     now[0] += REPEATED_WITHIN
     await tell_later(told, "kind")
-    assert lines(caplog)[2:] == [(logging.WARNING, "orders: number 5")]
+    assert lines(caplog)[1:] == [(logging.WARNING, "orders: number 5")]
     told.close()
 
 
@@ -174,3 +179,28 @@ async def test_a_lost_lease_is_told_by_the_log_as_well(dsn: str, caplog: pytest.
     ((level, text),) = lines(caplog, "dropped without release")
     assert level == logging.WARNING
     assert f"acquired at {__file__}" in text
+
+
+async def test_an_outage_is_a_line_and_a_count(caplog: pytest.LogCaptureFixture) -> None:
+    pool = Pool("host=127.0.0.1 port=1", backoff_initial=0.001, backoff_max=0.002)
+    await pool.open(wait=False)
+    await eventually(lambda: pool.stats().connect_errors >= 5)
+    assert len(lines(caplog, "connecting failed")) == 1
+    await pool.close()
+    told = [text for _, text in lines(caplog, "connecting failed")]
+    assert len(told) == 2
+    assert "like it within a minute" in told[1]
+
+
+async def test_a_level_is_not_carried_over_from_one_minute_to_the_next(
+    caplog: pytest.LogCaptureFixture, now: list[float]
+) -> None:
+    caplog.set_level(logging.INFO, "asyncpool")
+    told = Log("orders", asyncio.get_running_loop())
+    told.write(logging.INFO, "kind", "one")
+    told.write(logging.WARNING, "kind", "two")
+    await tell_later(told, "kind")
+    told.write(logging.INFO, "kind", "three")
+    await tell_later(told, "kind")
+    assert [level for level, _ in lines(caplog)] == [logging.INFO, logging.WARNING, logging.INFO]
+    told.close()
