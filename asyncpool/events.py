@@ -122,7 +122,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Queued(Event):
-    """A caller has begun to stand in line for a connection."""
+    """A caller has begun to stand in line for a connection, be it for a lease or for its one-shot statement."""
 
     waiting: int
     """How many stand there now."""

@@ -21,7 +21,7 @@ from .._core.queue import GroupWaiter
 from .._core.slot import Slot
 from .._core.states import PoolPhase
 from ..errors import PoolClosed, StatementOutcomeUnknown, StatementTimeout
-from ..events import CloseReason, LaneClosed, LaneOpened
+from ..events import CloseReason, LaneClosed, LaneOpened, Queued
 from .connection import Leased
 from .leases import LEASED
 from .log import logger
@@ -169,6 +169,8 @@ class Multiplexer:
             self._refuse(statement, Refusal.DEADLOCK, now)
         else:
             self._watch(now)
+            if runner.observations:
+                runner.observations.note(Queued, runner.waiting)
 
     def _refuse(self, statement: OneShot, refusal: Refusal, began: float) -> None:
         self._lanes.withdraw(statement)
