@@ -189,10 +189,10 @@ async def test_durations_are_in_seconds_and_in_the_advised_buckets(dsn: str, sdk
         assert isinstance(used, HistogramDataPoint)
         stats = pool.stats()
     assert waited.explicit_bounds == used.explicit_bounds == BUCKETS
-    assert waited.min < 0.01
-    assert waited.max == pytest.approx(stats.wait.max, abs=0.01)
+    assert waited.min == 0.0
+    assert 0 < waited.max <= stats.wait.max  # until it runs, and not until its grant
     assert used.max == pytest.approx(stats.hold.max, abs=1e-6)
-    assert 0.05 < used.max < 1
+    assert 0.05 < used.max < 20
     assert sum(used.bucket_counts) == used.count == 2
 
 

@@ -126,14 +126,14 @@ async def test_a_lease_is_told_from_connecting_to_the_end(dsn: str) -> None:
     times = [event.at for event in record.events]
     assert times == sorted(times)
     assert before <= times[0] <= times[-1] <= after
-    connecting, connected, acquired, released, closed = record.events
+    _, connected, acquired, released, closed = record.events
     assert isinstance(connected, Connected)
     assert isinstance(acquired, Acquired)
     assert isinstance(released, Released)
     assert isinstance(closed, ConnectionClosed)
-    assert connected.took == pytest.approx(connected.at - connecting.at, abs=0.01)
-    assert acquired.waited < 0.01
-    assert released.held == pytest.approx(released.at - acquired.at, abs=0.01)
+    assert 0 < connected.took <= after - before
+    assert acquired.waited == 0.0
+    assert 0.019 <= released.held <= after - before
     assert released.held >= 0.02
     assert closed.reason is CloseReason.POOL_CLOSED
 
