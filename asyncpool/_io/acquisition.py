@@ -58,6 +58,8 @@ class Acquisition(Generic[C]):
 
     __slots__ = ("_code", "_connection", "_lease", "_offset", "_runner", "_timeout")
 
+    _connection: Any
+
     def __init__(self, runner: Runner, timeout: float | Default | None, code: CodeType, offset: int) -> None:
         self._runner = runner
         self._timeout = timeout

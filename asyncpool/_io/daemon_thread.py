@@ -22,7 +22,7 @@ async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
     loop = asyncio.get_running_loop()
     # What the function returns or raises may hold a password: it is nowhere where a repr, a task's above all, shows it.
     over: asyncio.Future[None] = loop.create_future()
-    result: T
+    results: list[T] = []
     error: BaseException | None = None
 
     def wake() -> None:
@@ -30,9 +30,9 @@ async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
             over.set_result(None)
 
     def run() -> None:
-        nonlocal result, error
+        nonlocal error
         try:
-            result = function()
+            results.append(function())
         except BaseException as ex:
             error = ex
             if isinstance(ex, StopIteration) or not isinstance(ex, Exception):
@@ -48,4 +48,4 @@ async def in_daemon_thread(function: Callable[[], T], name: str) -> T:
             raise error
         finally:
             error = None  # it refers to this frame
-    return result
+    return results[0]

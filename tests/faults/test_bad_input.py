@@ -74,7 +74,7 @@ def test_so_is_any_value(pool_class: Any, option: str, value: object) -> None:
 UNAFFORDABLE = {"min_size", "max_waiting"}
 
 
-@pytest.mark.parametrize("option", sorted(OPTION_NAMES - {"configure", "check", "setup", "reset", "name"}))
+@pytest.mark.parametrize("option", sorted(OPTION_NAMES - {"configure", "check", "setup", "reset", "name", "monitor"}))
 async def test_a_pool_with_an_option_that_was_taken_works(dsn: str, option: str) -> None:
     taken = [value for value in NASTY.values() if option not in UNAFFORDABLE and not refused(Pool, option, value)]
     assert all(value is None or isinstance(value, (bool, int, float)) for value in taken)
