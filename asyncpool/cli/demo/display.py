@@ -110,6 +110,7 @@ class Bars:
         self._progress = progress
         self._in_ascii = in_ascii
         self._below = below
+        self.draw: Callable[[], object] = lambda: None  # at once, and not ten times a second
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False)
@@ -143,6 +144,7 @@ class Bars:
         finally:
             moving.cancel()
             show()
+            self.draw()  # however short the round was
             self._below.lines = []
             self._progress.stop_task(bar)
 
@@ -171,5 +173,6 @@ def display(*, as_json: bool) -> Iterator[Display]:
         ]
         progress, below = Progress(*columns), Below()
         bars = Bars(progress, below, in_ascii=in_ascii(sys.stdout))  # here, before rich puts itself in its place
-        with Live(Group(progress, below), refresh_per_second=1 / BAR_INTERVAL):
+        with Live(Group(progress, below), refresh_per_second=1 / BAR_INTERVAL) as live:
+            bars.draw = live.refresh
             yield bars
