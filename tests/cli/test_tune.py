@@ -99,6 +99,7 @@ def test_json_has_every_size_and_the_one_shots_with_the_documented_keys(tune: Tu
         assert len(one["of_each_pass"]) == 4
         assert one["statements_per_second"] >= 0
         assert 0 < one["p50_ms"] <= one["p99_ms"]
+        assert 0 < one["mean_ms"] <= one["p99_ms"]
         assert 0 <= one["wait_share"] <= 1
         assert one["processor_share"] > 0
         assert one["processor_wait_share"] >= 0
@@ -111,6 +112,27 @@ def test_json_has_every_size_and_the_one_shots_with_the_documented_keys(tune: Tu
     assert (outcome["query"], outcome["committed"], outcome["tasks"]) == ("select %(number)s::int", False, 4)
     assert outcome["seconds_per_size"] == 0.1
     assert {"reason", "notes", "client_limited", "server_version"} <= outcome.keys()
+
+
+def test_the_mean_latency_is_what_the_tasks_wait_at_the_measured_rate(tune: Tune, dsn: str) -> None:
+    """Little's law. Those whose turn comes after several passes only are not to be left out, nor those of the start
+    to be counted, when the line was still forming.
+    """
+    slow = ("--query", "select pg_sleep(0.01)", "--tasks", "16", "--max-size", "2", "--seconds", "0.2")
+    done = tune(dsn, *slow, "--json")
+    outcome = done.json()
+    for one in outcome["sizes"]:
+        assert one["mean_ms"] / 1000 * one["statements_per_second"] == pytest.approx(16, rel=0.4), outcome
+        assert one["p50_ms"] >= 0.5 * one["mean_ms"]
+
+
+def test_a_latency_for_which_there_is_no_time_is_not_told(tune: Tune, dsn: str) -> None:
+    slow = ("--query", "select pg_sleep(0.01)", "--tasks", "500", "--max-size", "1", "--seconds", "0.2")
+    done = tune(dsn, *slow, "--max-seconds", "1.5", "--json")
+    outcome = done.json()
+    assert outcome["sizes"][0]["statements"] > 0, done
+    assert [outcome["sizes"][0][key] for key in ("mean_ms", "p50_ms", "p99_ms", "wait_share")] == [None] * 4
+    assert any("Latencies were not measured" in note for note in outcome["notes"])
 
 
 def test_every_key_of_the_json_is_in_the_help(tune: Tune, dsn: str) -> None:

@@ -64,10 +64,11 @@ keys of --json:
         "time is up" or "interrupted"
   sizes
         a list, of each size: size, statements, statements_per_second (the
-        median of the passes), of_each_pass, p50_ms, p99_ms (from asking for a
-        connection to giving it back), wait_share (of that), processor_share
-        (of one core), processor_wait_share (of the time, for which the client
-        could have worked, and had no core)
+        median of the passes), of_each_pass, mean_ms, p50_ms, p99_ms (from
+        asking for a connection to giving it back; null if there was no time
+        to measure it), wait_share (of that), processor_share (of one core),
+        processor_wait_share (of the time, for which the client could have
+        worked, and had no core)
   one_shots
         the same, with connections for size; null if not measured
   free_connections, processes

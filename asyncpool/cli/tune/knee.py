@@ -46,20 +46,22 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one size carried. `rates`: statements per second in each pass; `p50` and `p99`: seconds from asking for a
-    connection to giving it back; `wait_share`: how much of that was waiting for one, unknown of one-shots;
-    `processor_share`: how much of one processor core the client took; `processor_wait_share`: for what share of the
-    time it could have worked and had none; 0 where the system does not tell.
+    """What one size carried. `rates`: statements per second in each pass; `mean`, `p50` and `p99`: seconds from asking
+    for a connection to giving it back, None if they were not measured; `wait_share`: how much of that was waiting for
+    one, unknown of one-shots; `processor_share`: how much of one processor core the client took;
+    `processor_wait_share`: for what share of the time it could have worked and had none; 0 where the system does not
+    tell.
     """
 
     size: int
     statements: int
     rates: tuple[float, ...]
-    p50: float
-    p99: float
+    p50: float | None
+    p99: float | None
     wait_share: float | None
     processor_share: float
     processor_wait_share: float = 0.0
+    mean: float | None = None
 
     @property
     def rate(self) -> float:
@@ -191,9 +193,10 @@ def _reason(knee: Reading, larger: Sequence[Reading]) -> str:
             text += ", which is within what passes of the same size differ by"
     else:
         text = f"{carried}, and more do not carry more"
-    worst = max(larger, key=lambda reading: reading.p99)
-    if worst.p99 > knee.p99 * (1 + WORSE):
-        text += f", while p99 rises from {milliseconds(knee.p99)} to {milliseconds(worst.p99)} ms with {worst.size}"
+    known = [(reading.p99, reading.size) for reading in larger if reading.p99 is not None]
+    worst, worst_size = max(known, default=(0.0, 0))
+    if knee.p99 is not None and worst > knee.p99 * (1 + WORSE):
+        text += f", while p99 rises from {milliseconds(knee.p99)} to {milliseconds(worst)} ms with {worst_size}"
     return text + "."
 
 
@@ -202,8 +205,10 @@ def rate_of(reading: Reading) -> str:
     return f"{reading.rate:,.0f}/s" if reading.rate >= 100 else f"{reading.rate:,.1f}/s"
 
 
-def milliseconds(seconds: float) -> str:
-    """A duration, with as many digits as it deserves."""
+def milliseconds(seconds: float | None) -> str:
+    """A duration, with as many digits as it deserves; `-` if it was not measured."""
+    if seconds is None:
+        return "-"
     value = 1000 * seconds
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
 

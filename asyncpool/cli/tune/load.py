@@ -29,8 +29,13 @@ GRACE = 2.0
 
 @dataclass(slots=True)
 class Pass:
-    """What ended while it was measured. Times are in seconds; `waited` is all waiting for connections together."""
+    """What ended while it was measured. Times are in seconds; `waited` is all waiting for connections together.
 
+    `is_steady`: every task had its first answer before. Those are quicker than later ones, as the line in front of them
+    was only forming, so that latencies of a pass that is not steady say nothing; its rate does.
+    """
+
+    is_steady: bool = False
     seconds: float = 0.0
     processor_seconds: float = 0.0
     processor_waited: float = 0.0
@@ -51,6 +56,7 @@ class Worker:
     sent: bool = False
     waited: float = 0.0
     last: bool = False
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def work(self, once: Once) -> None:
         """Until it is told that this one is the last, or cancelled."""
@@ -58,6 +64,7 @@ class Worker:
             begun = time.perf_counter()
             await once(self)
             self.sent = False
+            self.answered.set()
             self.record(time.perf_counter() - begun, self.waited)
 
 
@@ -103,8 +110,10 @@ def as_one_shot(pool: Pool, statement: Statement) -> Once:
     return once
 
 
-async def measure(once: Once, tasks: int, warm_up: float, seconds: float) -> Pass:
-    """Put the load on, let it run in, and count for so many seconds. Raises what a statement raises."""
+async def measure(once: Once, tasks: int, warm_up: float, seconds: float, *, patience: float = 0.0) -> Pass:
+    """Put the load on, let it run in, and count for so many seconds. For each task to have its first answer is waited
+    for `patience` seconds more than the warm-up, at most. Raises what a statement raises.
+    """
     measured = Pass()
 
     def record(latency: float, waited: float) -> None:
@@ -119,6 +128,7 @@ async def measure(once: Once, tasks: int, warm_up: float, seconds: float) -> Pas
     }
     try:
         await _let_run(running, warm_up)
+        measured.is_steady = await _all_answered(running, patience)
         counting = True
         begun, worked, waited = time.perf_counter(), time.process_time(), _waited_for_a_processor()
         await _let_run(running, seconds)
@@ -146,6 +156,25 @@ async def _let_run(running: dict[asyncio.Task[None], Worker], seconds: float) ->
         task.result()
 
 
+async def _all_answered(running: dict[asyncio.Task[None], Worker], patience: float) -> bool:
+    """Whether every task has had an answer, for which is waited so many seconds."""
+    if all(worker.answered.is_set() for worker in running.values()):
+        return True
+
+    async def answers() -> None:
+        for worker in running.values():
+            await worker.answered.wait()
+
+    everyone = asyncio.create_task(answers(), name="first answers")
+    try:
+        done, _ = await asyncio.wait([everyone, *running], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        everyone.cancel()
+    for task in done:
+        task.result()
+    return everyone in done
+
+
 async def _let_end(running: dict[asyncio.Task[None], Worker]) -> None:
     """Whoever waits for a connection goes; who has one may end what it does."""
     for worker in running.values():
@@ -164,21 +193,23 @@ async def _cancel(running: dict[asyncio.Task[None], Worker]) -> None:
 
 
 def reading_of(size: int, passes: Sequence[Pass], *, waiting_is_known: bool) -> Reading:
-    """All passes of one size together."""
-    latencies = sorted(latency for one in passes for latency in one.latencies)
+    """All passes of one size together; latencies, if any of them was steady."""
+    steady = [one for one in passes if one.is_steady]
+    latencies = sorted(latency for one in steady for latency in one.latencies)
     total = sum(latencies)
     seconds = sum(one.seconds for one in passes)
     return Reading(
         size=size,
-        statements=len(latencies),
+        statements=sum(len(one.latencies) for one in passes),
         rates=tuple(one.rate for one in passes),
+        mean=total / len(latencies) if latencies else None,
         p50=_quantile(latencies, 0.5),
         p99=_quantile(latencies, 0.99),
-        wait_share=sum(one.waited for one in passes) / total if waiting_is_known and total else None,
+        wait_share=sum(one.waited for one in steady) / total if waiting_is_known and total else None,
         processor_share=sum(one.processor_seconds for one in passes) / seconds,
         processor_wait_share=sum(one.processor_waited for one in passes) / seconds,
     )
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+def _quantile(ordered: Sequence[float], share: float) -> float | None:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None

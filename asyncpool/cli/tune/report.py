@@ -220,6 +220,7 @@ def notes(report: Report) -> list[str]:
             " with such a pool."
         )
     found += _about_one_shots(report)
+    found += _about_latencies(report)
     if recommendation.conclusive and (spread := noise(report.readings)) > TOLERANCE:
         found.append(
             f"Passes of the same size were {plus_minus(spread)} apart, so that rates are told apart only if they differ"
@@ -281,6 +282,17 @@ def _about_one_shots(report: Report) -> Iterator[str]:
         yield f"One-shots carried {rate_of(one_shots)} on {connections}, {times:.2f} times as many."
 
 
+def _about_latencies(report: Report) -> Iterator[str]:
+    unknown = [str(reading.size) for reading in report.readings if reading.p99 is None]
+    if report.one_shots and report.one_shots.p99 is None:
+        unknown.append("one-shots")
+    if unknown:
+        yield (
+            f"Latencies were not measured where there is a `-` ({', '.join(unknown)}): the time did not suffice for"
+            f" each of {report.plan.tasks} tasks to be answered before. More --max-seconds or fewer --tasks show them."
+        )
+
+
 # --- for programs -------------------------------------------------------------------------------------------
 
 
@@ -309,14 +321,19 @@ def as_json(report: Report) -> str:
     )
 
 
+def _rounded_ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 3)
+
+
 def _reading_as_json(size: str, reading: Reading) -> dict[str, Any]:
     return {
         size: reading.size,
         "statements": reading.statements,
         "statements_per_second": round(reading.rate, 2),
         "of_each_pass": [round(rate, 2) for rate in reading.rates],
-        "p50_ms": round(1000 * reading.p50, 3),
-        "p99_ms": round(1000 * reading.p99, 3),
+        "mean_ms": _rounded_ms(reading.mean),
+        "p50_ms": _rounded_ms(reading.p50),
+        "p99_ms": _rounded_ms(reading.p99),
         "wait_share": None if reading.wait_share is None else round(reading.wait_share, 3),
         "processor_share": round(reading.processor_share, 3),
         "processor_wait_share": round(reading.processor_wait_share, 3),

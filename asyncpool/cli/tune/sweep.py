@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import psycopg
@@ -15,6 +15,8 @@ from asyncpool.cli.tune.statement import StatementFailed, explain
 from asyncpool.errors import PoolTimeout
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from asyncpool.cli.tune.statement import Statement, Trial
 
 # The measuring of a size is cut into so many passes, and the sizes take turns: whatever else the machine does for a
@@ -35,10 +37,15 @@ DEFAULT_SECONDS = 2.0
 LONGEST_DEFAULT = 20.0
 STATEMENTS_WANTED = 10
 
+# So many times what all tasks' first answers take, if they come one by one, is planned for.
+ROOM_FOR_ANSWERS = 1.5
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is going to be measured. Times are in seconds: `seconds` for each size, `at_most` for everything."""
+    """What is going to be measured. Times are in seconds: `seconds` for each size, `at_most` for everything,
+    `statement_seconds` for the statement alone, as it was tried out.
+    """
 
     sizes: tuple[int, ...]
     tasks: int
@@ -47,6 +54,17 @@ class Plan:
     warm_up: float
     at_most: float
     one_shots: bool
+    statement_seconds: float = 0.0
+
+    @property
+    def all_passes(self) -> int:
+        """Of all sizes, and of the one-shots."""
+        return self.passes * (len(self.sizes) + self.one_shots)
+
+    def seconds_for_passes(self, done: int) -> float:
+        """How long those take that follow when so many are done, without what is waited for first answers."""
+        around = self.warm_up + USUAL_CONNECT + min(GRACE, 2 * self.statement_seconds)
+        return (self.all_passes - done) * (self.seconds / self.passes + around)
 
 
 def seconds_for(given: float | None, trial: Trial) -> float:
@@ -67,9 +85,10 @@ def plan(*, largest: int, tasks: int, seconds: float, most_seconds: float, trial
     if trial.seconds:
         passes = max(1, min(MOST_PASSES, int(seconds / (trial.seconds * STATEMENTS_IN_A_PASS))))
     warm_up = min(max(WARM_UP, trial.seconds * WARM_UP_STATEMENTS), seconds / passes)
-    around = warm_up + USUAL_CONNECT + min(GRACE, 2 * trial.seconds)
-    computed = (len(sizes) + one_shots) * (seconds + passes * around)
-    return Plan(sizes, tasks, seconds, passes, warm_up, min(most_seconds, computed), one_shots)
+    planned = Plan(sizes, tasks, seconds, passes, warm_up, most_seconds, one_shots, trial.seconds)
+    # For the tasks' first answers, even if no size is quicker than one connection.
+    first_answers = ROOM_FOR_ANSWERS * tasks * trial.seconds * (len(sizes) + one_shots)
+    return replace(planned, at_most=min(most_seconds, planned.seconds_for_passes(0) + first_answers))
 
 
 class Progress(Protocol):
@@ -95,6 +114,7 @@ class Sweep:
         self._progress = progress
         self._passes: dict[int, list[Pass]] = {}
         self._one_shot_passes: list[Pass] = []
+        self._ends_at = float("inf")
         self.ending = Ending.INTERRUPTED
 
     @property
@@ -112,7 +132,8 @@ class Sweep:
 
     async def run(self) -> None:
         """Measure. Raises StatementFailed, and psycopg.OperationalError if the server does not let enough of us in."""
-        limit = asyncio.timeout(self._plan.at_most)
+        self._ends_at = asyncio.get_running_loop().time() + self._plan.at_most
+        limit = asyncio.timeout_at(self._ends_at)
         try:
             async with limit:
                 self.ending = await self._measure_sizes()
@@ -145,7 +166,7 @@ class Sweep:
         passes = self._passes.get(size, [])
         title = f"size {size}"
         self._progress.begin_pass(title, self._share_done())
-        measured = await self._measure_pool(self._pool(title, size, size), one_shots=False)
+        measured = await self._measure_pool(size, passes, one_shots=False)
         self._passes[size] = [*passes, measured]
         if not passes:
             self._progress.reading(title, reading_of(size, [measured], waiting_is_known=True))
@@ -154,19 +175,22 @@ class Sweep:
         """In a pool of the size that the knee is at: would they do better there?"""
         for number in range(self._plan.passes):
             self._progress.begin_pass("one-shots", self._share_done())
-            self._one_shot_passes.append(await self._measure_pool(self._pool("one-shots", 1, size), one_shots=True))
+            measured = await self._measure_pool(size, self._one_shot_passes, one_shots=True)
+            self._one_shot_passes.append(measured)
             if number == 0 and (reading := self.one_shots):
                 self._progress.reading("one-shots", reading)
 
-    async def _measure_pool(self, pool: Pool, *, one_shots: bool) -> Pass:
+    async def _measure_pool(self, size: int, before: Sequence[Pass], *, one_shots: bool) -> Pass:
         plan = self._plan
+        pool = self._pool("one-shots", 1, size) if one_shots else self._pool(f"size {size}", size, size)
         try:
             await pool.open(timeout=CONNECT_PATIENCE)
         except PoolTimeout as timeout:
             raise timeout.__cause__ or timeout from None
         try:
             once = (as_one_shot if one_shots else on_a_lease)(pool, self._statement)
-            measured = await measure(once, plan.tasks, plan.warm_up, plan.seconds / plan.passes)
+            patience = self._patience(size, before)
+            measured = await measure(once, plan.tasks, plan.warm_up, plan.seconds / plan.passes, patience=patience)
             measured.connections = pool.stats().size
         except psycopg.Error as error:
             raise StatementFailed(f"under load, {explain(error, self._statement)}") from error
@@ -186,6 +210,19 @@ class Sweep:
             fallback_application_name="asyncpool tune",
         )
 
+    def _patience(self, size: int, before: Sequence[Pass]) -> float:
+        """How long first answers may be waited for after the warm-up: while there is time for it in a size's first
+        pass, for as long as a pass takes in the others; not at all if it would be in vain.
+        """
+        plan = self._plan
+        # Half of it, so that the first size does not take all.
+        spare = (self._ends_at - asyncio.get_running_loop().time() - plan.seconds_for_passes(self._done())) / 2
+        longest = min(spare, plan.seconds / plan.passes) if before else spare
+        round_takes = plan.tasks * plan.statement_seconds / size
+        return longest if plan.warm_up + longest > round_takes else 0.0
+
+    def _done(self) -> int:
+        return sum(map(len, self._passes.values())) + len(self._one_shot_passes)
+
     def _share_done(self) -> float:
-        done = sum(map(len, self._passes.values())) + len(self._one_shot_passes)
-        return done / (self._plan.passes * (len(self._plan.sizes) + self._plan.one_shots))
+        return self._done() / self._plan.all_passes
