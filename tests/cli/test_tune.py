@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -201,6 +202,40 @@ def test_it_ends_when_its_time_is_up_and_shows_what_it_has(tune: Tune, dsn: str)
     assert (outcome["ended"], outcome["conclusive"]) == ("time is up", False)
     assert [one["size"] for one in outcome["sizes"]] in ([], [1], [1, 2])
     assert any("--max-seconds" in note for note in outcome["notes"])
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        (
+            "select pg_sleep(0.4)",
+            r"takes 0\.4\d* s, and --max-seconds 1 are too few .*: give --max-seconds \d+ for all",
+        ),
+        ("select pg_sleep(5)", r"did not end within 1 s: give more with --max-seconds"),
+    ],
+)
+def test_the_trial_of_a_slow_statement_counts_for_the_time_that_all_may_take(
+    tune: Tune, dsn: str, admin: Admin, application_name: str, query: str, words: str
+) -> None:
+    begun = time.monotonic()
+    done = tune(dsn, "--query", query, "--max-seconds", "1")
+    assert time.monotonic() - begun < 3  # three executions would take no less with the shorter one
+    assert done.status == 1
+    assert re.search(words, done.errors), done.errors
+    eventually_blocking(lambda: admin.sessions(application_name) == 0)
+
+
+def test_statements_under_way_are_cancelled_when_the_time_is_up(
+    tune: Tune, dsn: str, admin: Admin, application_name: str
+) -> None:
+    # Quick when it is tried out, slow when there are several sessions.
+    slow = "select pg_sleep(case when count(*) > 2 then 30 else 0.01 end) from pg_stat_activity"
+    query = f"{slow} where application_name = '{application_name}'"
+    begun = time.monotonic()
+    done = tune(dsn, "--query", query, "--seconds", "0.1", "--max-seconds", "2.5", "--json")
+    assert time.monotonic() - begun < 20
+    assert done.json()["ended"] == "time is up"
+    eventually_blocking(lambda: admin.sessions(application_name) == 0)
 
 
 def test_the_url_may_be_in_the_environment(tune: Tune, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:

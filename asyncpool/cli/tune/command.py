@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ from asyncpool.cli.tune.capacity import Capacity, read_capacity
 from asyncpool.cli.tune.chart import check_can_draw, draw
 from asyncpool.cli.tune.knee import recommend
 from asyncpool.cli.tune.statement import Statement, StatementFailed, params_argument, query_argument, try_out
-from asyncpool.cli.tune.sweep import DEFAULT_SECONDS, Sweep, plan, seconds_for
+from asyncpool.cli.tune.sweep import DEFAULT_SECONDS, Sweep, check_there_is_time, plan, seconds_for
 from asyncpool.conninfo import Redactor, parse
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ DEFAULT_MAX_SECONDS = 180.0
 CONNECT_TIMEOUT = 10
 # Without --seconds a statement that is tried out is given this long.
 PATIENCE = 20.0
+# Of --max-seconds so many seconds, but no larger share, are for ending: statements are cancelled, sessions closed.
+ENDING, ENDING_SHARE = 0.3, 0.1
 
 
 class Refused(Exception):
@@ -222,6 +225,8 @@ class _Tuning:
     def __init__(self, url: str, options: argparse.Namespace) -> None:
         self._url = url
         self._options = options
+        self._ends_at = float("inf")
+        self._is_connected = False
         self._statement = Statement(options.query, options.params, options.commit, not options.no_prepare)
         self._prepared: _Preparation | None = None
         self._sweep: Sweep | None = None
@@ -242,10 +247,30 @@ class _Tuning:
         return DONE if found and found.recommendation.conclusive else FAILED
 
     async def _measure(self, progress: Progress) -> None:
-        prepared = self._prepared = await self._prepare()
+        at_most = self._options.max_seconds
+        self._ends_at = asyncio.get_running_loop().time() + at_most - min(ENDING, at_most * ENDING_SHARE)
+        prepared = self._prepared = await self._prepare_in_time()
         progress.say(self._announcement(prepared))
         self._sweep = Sweep(self._url, self._statement, prepared.plan, progress)
         await self._sweep.run()
+
+    def _remaining(self) -> float:
+        return max(0.0, self._ends_at - asyncio.get_running_loop().time())
+
+    async def _prepare_in_time(self) -> _Preparation:
+        limit = asyncio.timeout_at(self._ends_at)
+        try:
+            async with limit:
+                return await self._prepare()
+        except TimeoutError:
+            option, seconds = "--seconds", self._options.seconds or PATIENCE
+            if limit.expired():
+                option, seconds = "--max-seconds", self._options.max_seconds
+            if not self._is_connected:
+                raise Refused(f"no connection within --max-seconds {seconds:g}") from None
+            raise StatementFailed(
+                f"the statement did not end within {seconds:g} s: give more with {option}, or a quicker statement"
+            ) from None
 
     async def _prepare(self) -> _Preparation:
         """Look at the server and the statement, by a session that ends before the others begin."""
@@ -256,6 +281,7 @@ class _Tuning:
             connect_timeout=CONNECT_TIMEOUT,
             fallback_application_name="asyncpool tune",
         ) as conn:
+            self._is_connected = True
             capacity = await read_capacity(conn)
             largest = _largest(options, capacity)
             trial = await try_out(conn, self._statement, options.seconds or PATIENCE)
@@ -264,10 +290,11 @@ class _Tuning:
             largest=largest,
             tasks=options.tasks or max(DEFAULT_TASKS, 2 * largest),
             seconds=seconds_for(options.seconds, trial),
-            most_seconds=options.max_seconds,
+            most_seconds=self._remaining(),
             trial=trial,
             one_shots=options.commit or trial.only_reads,
         )
+        check_there_is_time(self._remaining(), options.max_seconds, planned)
         return _Preparation(version, capacity, trial, planned)
 
     def _announcement(self, prepared: _Preparation) -> str:

@@ -39,6 +39,9 @@ WIDEST_BARS = 40
 # One-shots beyond this many times the best rate of a lease would press its bars, or its curve, flat.
 HIGHEST_IN_VIEW = 2.5
 
+# A statement that takes as many seconds is named as the reason why the time did not suffice.
+SLOW = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -253,7 +256,12 @@ def _what_to_do(report: Report) -> Iterator[str]:
     """Where nothing is recommended. Whoever interrupted it knows."""
     obstacle = report.recommendation.obstacle
     if report.ending is Ending.TIME_IS_UP:
-        yield f"The time was up after {report.plan.at_most:.0f} s: give a larger --max-seconds, or less --seconds."
+        takes, wanted = report.plan.statement_seconds, report.plan.seconds_for_passes(0)
+        slow = f"; the statement takes {takes:.2g} s" if takes >= SLOW else ""
+        yield (
+            f"The time was up{slow}: give a larger --max-seconds ({wanted:.0f} would do for all sizes), or less"
+            " --seconds."
+        )
     elif obstacle is Obstacle.STILL_RISING:
         yield (
             f"Give a larger --max-size, and --tasks to use it; {report.free} connections are free ({report.limit}),"

@@ -78,6 +78,16 @@ def seconds_for(given: float | None, trial: Trial) -> float:
     return max(DEFAULT_SECONDS, trial.seconds * STATEMENTS_WANTED) if given is None else given
 
 
+def check_there_is_time(seconds: float, of: float, planned: Plan) -> None:
+    """Raises StatementFailed if a slow statement cannot be measured in the `seconds` that are left `of` all."""
+    takes = planned.statement_seconds
+    if takes * STATEMENTS_IN_A_PASS > seconds:
+        raise StatementFailed(
+            f"the statement takes {takes:.2g} s, and --max-seconds {of:g} are too few to measure that: give"
+            f" --max-seconds {planned.seconds_for_passes(0):.0f} for all sizes, or a quicker statement"
+        )
+
+
 def plan(*, largest: int, tasks: int, seconds: float, most_seconds: float, trial: Trial, one_shots: bool) -> Plan:
     """Cut the time into passes, and tell how long it takes at most."""
     sizes = tuple(sizes_up_to(largest))
