@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from asyncpool import Pool
-from asyncpool.cli.doctor.facts import Capacity, Facts, Pooler, PoolMode, Prepared, Tls
+from asyncpool.cli.capacity import Capacity
+from asyncpool.cli.doctor.facts import Facts, Pooler, PoolMode, Prepared, Tls
 from asyncpool.cli.doctor.findings import Diagnosis, Finding, Level, diagnose
 
 ROOMY = Capacity(
@@ -137,12 +138,12 @@ def test_whatever_is_not_ok_names_its_remedy_and_the_line_makes_a_pool(changes: 
     [
         ({}, 90),
         ({"reserved": 5}, 85),
-        ({"reserved": 5, "may_use_reserved": True}, 90),
-        ({"reserved": 5, "is_superuser": True}, 93),
+        ({"reserved": 5, "may_use_reserved": True}, 85),
+        ({"reserved": 5, "is_superuser": True}, 85),
         ({"role_limit": 10}, 8),
         ({"role_limit": 0}, 0),
         ({"database_limit": 10}, 7),
-        ({"database_limit": 10, "role_limit": 10, "is_superuser": True}, 93),
+        ({"database_limit": 10, "role_limit": 10, "is_superuser": True}, 90),
         ({"used": 99}, 0),
     ],
 )

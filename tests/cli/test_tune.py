@@ -370,6 +370,16 @@ def test_more_than_half_of_the_free_connections_are_taken_with_force_only(tune: 
     assert "that is all there are" in beyond.errors
 
 
+def test_doctor_and_tune_tell_a_superuser_the_same_number_of_free_connections(
+    tune: Tune, mortal: MortalServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dsn = mortal.dsn("told")
+    of_tune = tune(dsn, *READING, *QUICK, "--json").json()["free_connections"]
+    eventually_blocking(lambda: mortal.sessions("told") == 0)
+    main(["doctor", dsn, "--json"])
+    assert json.loads(capsys.readouterr().out)["facts"]["connections"]["free"] == of_tune
+
+
 @pytest.mark.parametrize("whose", ["role app", "database postgres"])
 def test_the_limits_of_the_role_and_the_database_count(tune: Tune, mortal: MortalServer, whose: str) -> None:
     mortal.admin.execute(f"alter {whose} connection limit 5")

@@ -16,15 +16,18 @@ from psycopg import Error
 
 from asyncpool._io.connect_errors import ConnectFailed
 from asyncpool._io.tls import tls_attribute
+from asyncpool.cli.capacity import QUESTION, capacity_of
 from asyncpool.cli.doctor import pooling
 from asyncpool.cli.doctor.asking import Client, NoAnswer, connected, words_of
-from asyncpool.cli.doctor.facts import Capacity, Facts, Pooler, Prepared, Tls
+from asyncpool.cli.doctor.facts import Facts, Pooler, Prepared, Tls
 from asyncpool.conninfo import Redactor, describe, parse
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
     from psycopg.pq.abc import PGconn
+
+    from asyncpool.cli.capacity import Capacity
 
 T = TypeVar("T")
 
@@ -42,35 +45,6 @@ SETTINGS = (
 
 _NAMES = ", ".join(f"'{name}'" for name in SETTINGS)
 _SETTINGS = f"select name, setting from pg_catalog.pg_settings where name in ({_NAMES}) order by name"  # noqa: S608
-
-# Others' rows are there for every role; of what kind their sessions are is not. Of these, one with a database and a
-# user is a client's, or a parallel worker's.
-_CAPACITY = """
-    with me as (
-        select r.oid, r.rolsuper, r.rolconnlimit from pg_catalog.pg_roles r where r.rolname = session_user
-    ), place as (
-        select d.oid, d.datconnlimit from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()
-    ), client as (
-        select a.usesysid, a.datid, a.backend_type is not null as is_sure from pg_catalog.pg_stat_activity a
-        where a.pid <> pg_catalog.pg_backend_pid() and a.usesysid is not null
-            and (a.backend_type = 'client backend' or a.backend_type is null and a.datid is not null)
-    )
-    select pg_catalog.current_setting('max_connections'),
-        pg_catalog.current_setting('superuser_reserved_connections'),
-        coalesce(pg_catalog.current_setting('reserved_connections', true), '0'),
-        me.rolsuper,
-        exists (
-            select from pg_catalog.pg_roles r where r.rolname = 'pg_use_reserved_connections'
-                and pg_catalog.pg_has_role(session_user, r.oid, 'usage')
-        ),
-        (select count(*) from client),
-        (select coalesce(bool_and(is_sure), true) from client),
-        me.rolconnlimit,
-        (select count(*) from client where usesysid = me.oid),
-        place.datconnlimit,
-        (select count(*) from client where datid = place.oid)
-    from me, place
-"""
 
 _WHO = (
     "select pg_catalog.version(), pg_catalog.current_setting('server_version'), session_user,"
@@ -145,24 +119,8 @@ class Examination:
         return 1000 * statistics.median(times)
 
     async def _ask_capacity(self, client: Client) -> Capacity | None:
-        rows = await client.ask(_CAPACITY, "count the sessions")
-        if not rows:
-            return None
-        [row] = rows
-        numbers = [int(value) if value and value.lstrip("-").isdigit() else 0 for value in row]
-        return Capacity(
-            max_connections=numbers[0],
-            superuser_reserved=numbers[1],
-            reserved=numbers[2],
-            is_superuser=row[3] == "t",
-            may_use_reserved=row[4] == "t",
-            used=numbers[5],
-            used_is_exact=row[6] == "t",
-            role_limit=numbers[7] if numbers[7] >= 0 else None,
-            role_used=numbers[8],
-            database_limit=numbers[9] if numbers[9] >= 0 else None,
-            database_used=numbers[10],
-        )
+        rows = await client.ask(QUESTION, "count the sessions")
+        return capacity_of(rows[0]) if rows else None
 
     async def _examine_pooling(self, client: Client, *, passed_on: bool) -> _Pooling:
         is_between = await pooling.is_between(client)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncpool.cli.capacity import Capacity
 
 
 class PoolMode(Enum):
@@ -26,42 +30,6 @@ class Prepared(Enum):
     USABLE = "usable"
     LOST = "lost"
     UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """How many sessions the server takes, and how many it has. The one that asked is not counted."""
-
-    max_connections: int
-    superuser_reserved: int
-    reserved: int
-    is_superuser: bool
-    may_use_reserved: bool
-    used: int
-    used_is_exact: bool
-    """False where the role may not see of what kind the sessions of others are; then it may be some too many."""
-    role_limit: int | None
-    role_used: int
-    database_limit: int | None
-    database_used: int
-
-    @property
-    def withheld(self) -> int:
-        """The places that are kept for others."""
-        if self.is_superuser:
-            return 0
-        return self.superuser_reserved + (0 if self.may_use_reserved else self.reserved)
-
-    @property
-    def free(self) -> int:
-        """How many sessions this role can have in this database now."""
-        limits = [self.max_connections - self.withheld - self.used]
-        if not self.is_superuser:  # whom these limits do not hold
-            if self.role_limit is not None:
-                limits.append(self.role_limit - self.role_used)
-            if self.database_limit is not None:
-                limits.append(self.database_limit - self.database_used)
-        return max(0, min(limits))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from asyncpool.config import PoolConfig
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from asyncpool.cli.doctor.facts import Capacity, Pooler
+    from asyncpool.cli.capacity import Capacity
+    from asyncpool.cli.doctor.facts import Pooler
 
 Options = dict[str, int | float | bool | None]
 
@@ -168,7 +169,8 @@ def _connections(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             Level.NOTE,
             "superuser",
-            "you connect as one: a pool may take the last places, which are reserved for an administrator in need",
+            "you connect as one: such a pool may take the last places, which are reserved for an administrator in need"
+            " (they are not counted as free)",
             "connect as a role of the application's own: create role app login password '...'",
         )
 

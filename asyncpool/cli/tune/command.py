@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
+from asyncpool.cli.capacity import QUESTION, capacity_of
 from asyncpool.cli.signals import interruptible, run_interruptibly
 from asyncpool.cli.tune import report
-from asyncpool.cli.tune.capacity import Capacity, read_capacity
 from asyncpool.cli.tune.chart import check_can_draw, draw
 from asyncpool.cli.tune.knee import recommend
 from asyncpool.cli.tune.statement import Statement, StatementFailed, params_argument, query_argument, try_out
@@ -26,6 +26,7 @@ from asyncpool.conninfo import Redactor, parse
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from asyncpool.cli.capacity import Capacity
     from asyncpool.cli.tune.statement import Trial
     from asyncpool.cli.tune.sweep import Plan, Progress
 
@@ -282,7 +283,10 @@ class _Tuning:
             fallback_application_name="asyncpool tune",
         ) as conn:
             self._is_connected = True
-            capacity = await read_capacity(conn)
+            row = await (await conn.execute(QUESTION)).fetchone()
+            if row is None:
+                raise Refused("the server does not tell how many connections are free")
+            capacity = capacity_of(row)
             largest = _largest(options, capacity)
             trial = await try_out(conn, self._statement, options.seconds or PATIENCE)
             version = str(conn.info.parameter_status("server_version"))
