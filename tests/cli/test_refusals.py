@@ -9,8 +9,7 @@ import psycopg
 import pytest
 from psycopg import errors as e
 
-from asyncpool.cli.doctor.asking import NoAnswer
-from asyncpool.cli.doctor.refusals import refusal_of
+from asyncpool.cli.refusals import NoAnswer, refusal_of
 
 HBA = 'no pg_hba.conf entry for host "10.0.0.1", user "app", database "app"'
 

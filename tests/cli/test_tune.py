@@ -162,6 +162,11 @@ def test_rows_stay_with_commit_and_one_shots_are_measured(tune: Tune, dsn: str, 
     measured = sum(one["statements"] for one in [*outcome["sizes"], outcome["one_shots"]])
     assert admin.value(f"select count(*) from {table}") >= measured > 0
     assert outcome["committed"] is True
+    # The trial's, and those of the warm-up, too.
+    assert outcome["statements_committed"] == admin.value(f"select count(*) from {table}")
+    assert (
+        f"{outcome['statements_committed']:,} statements were committed, and what they wrote stays." in outcome["notes"]
+    )
 
 
 @pytest.mark.parametrize("option", ["", "--no-prepare"])
@@ -303,6 +308,7 @@ def test_a_statement_that_fails_under_load_ends_the_sweep_with_its_error(tune: T
     done = tune(dsn, "--query", query, "--commit", "--max-size", "1")
     assert done.status == 1
     assert "under load, the statement fails: division by zero" in done.errors
+    assert "30 statements were committed, and what they wrote stays" in done.errors
 
 
 # --- what it refuses ----------------------------------------------------------------------------------------
@@ -352,6 +358,40 @@ def test_a_server_that_cannot_be_reached_is_reported_without_a_password(tune: Tu
     assert done.status == 2
     assert done.errors.startswith("asyncpool tune: ")
     assert "hunter2secret" not in done.output + done.errors
+    of_json = tune(url, *READING, "--json")
+    assert of_json.status == 2
+    assert "hunter2secret" not in of_json.output + of_json.errors
+    error = of_json.json()["error"]
+    assert done.errors == f"asyncpool tune: {error['message']}\nfix: {error['fix']}\n"
+    assert "--timeout" not in error["fix"]  # it has no such option
+
+
+def test_a_statement_that_fails_is_an_error_of_the_json(tune: Tune, dsn: str) -> None:
+    done = tune(dsn, "--query", "select 1/0", "--json")
+    assert (done.status, done.errors) == (1, "")
+    outcome = done.json()
+    assert outcome["ok"] is False
+    assert outcome["error"] == {"kind": "statement", "message": "the statement fails: division by zero", "fix": None}
+
+
+WITHOUT_RICH = """if True:
+    import sys
+    sys.modules["rich"] = sys.modules["rich.console"] = None  # as if it were not installed
+    from asyncpool.cli import main
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_without_rich_it_says_what_to_install_and_json_works(dsn: str) -> None:
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_RICH, "tune", dsn, *READING, *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pip install 'asyncpool-pg[cli]' (from a clone: pip install '.[cli]')" in done.stderr
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode in MEASURED, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["ok"] is (done.returncode == 0)
+    assert [one["size"] for one in outcome["sizes"]] == [1, 2]
 
 
 def test_more_than_half_of_the_free_connections_are_taken_with_force_only(tune: Tune, mortal: MortalServer) -> None:

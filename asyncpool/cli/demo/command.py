@@ -16,6 +16,7 @@ from asyncpool.cli.demo.readings import Readings
 from asyncpool.cli.demo.rounds import Target, run_rounds
 from asyncpool.cli.demo.workload import Refused, Workload
 from asyncpool.cli.embedded import EmbeddedServer, EmbeddedServerError
+from asyncpool.cli.refusals import explain
 from asyncpool.cli.signals import interruptible, run_interruptibly, undisturbed
 from asyncpool.conninfo import Redactor, parse
 
@@ -86,7 +87,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return interruption.exit_status
-        except (EmbeddedServerError, Refused, psycopg.Error, TimeoutError) as error:
+        except psycopg.Error as error:
+            message, refusal = explain(error, options.url or "")
+            print(f"asyncpool demo: {message}", file=sys.stderr)
+            if refusal.is_known:
+                print(f"fix: {refusal.fix}", file=sys.stderr)
+            return COULD_NOT_RUN
+        except (EmbeddedServerError, Refused, TimeoutError) as error:
             secrets = Redactor(options.url or "", {})
             print(f"asyncpool demo: {secrets.redact(str(error)).strip()}", file=sys.stderr)
             return COULD_NOT_RUN

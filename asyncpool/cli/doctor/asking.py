@@ -7,12 +7,13 @@ import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from psycopg import DatabaseError, pq
 from psycopg import errors as e
+from psycopg import pq
 from psycopg.generators import execute
 
 from asyncpool._io.driver import Driver
 from asyncpool._io.reader import duplicate
+from asyncpool.cli.refusals import NoAnswer
 from asyncpool.config import PoolConfig
 
 if TYPE_CHECKING:
@@ -30,13 +31,6 @@ CLOSE_TIMEOUT = 1.0
 _TCP = (socket.AF_INET, socket.AF_INET6)
 
 Row = tuple[str | None, ...]
-
-
-class NoAnswer(Exception):
-    """A step took longer than it may: which one, and how long, in seconds, it was waited for."""
-
-    def __init__(self, step: str, seconds: float) -> None:
-        super().__init__(f"no answer within {seconds:g} s: {step}")
 
 
 class Client:
@@ -110,12 +104,6 @@ async def connected(conninfo: str, overrides: Mapping[str, str], timeout: float)
         yield Client(session, timeout)
     finally:
         await session.close(min(timeout, CLOSE_TIMEOUT))
-
-
-def words_of(error: Exception) -> str:
-    """The server's words, in one line."""
-    primary = error.diag.message_primary if isinstance(error, DatabaseError) else None
-    return " ".join((primary or str(error)).split())
 
 
 def _rows(result: PGresult) -> list[Row]:

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from asyncpool._io.connect_errors import ConnectFailed
-from asyncpool.cli.doctor.asking import NoAnswer, words_of
-from asyncpool.cli.doctor.examination import Examination, asked
+from asyncpool.cli.doctor.examination import Examination
 from asyncpool.cli.doctor.findings import Level, diagnose
-from asyncpool.cli.doctor.refusals import refusal_of
 from asyncpool.cli.extras import console
+from asyncpool.cli.refusals import NoAnswer, explain
 from asyncpool.cli.signals import interruptible, run_interruptibly
-from asyncpool.conninfo import Redactor, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
     from asyncpool.cli.doctor.facts import Facts
     from asyncpool.cli.doctor.findings import Diagnosis
-    from asyncpool.cli.doctor.refusals import Refusal
+    from asyncpool.cli.refusals import Refusal
 
 TIMEOUT = 5.0
 
@@ -126,23 +124,13 @@ async def _examine(url: str, timeout: float) -> Facts:
 
 
 def _say_why_not(failed: Exception, options: argparse.Namespace) -> int:
-    error = failed.error if isinstance(failed, ConnectFailed) else failed
-    # All of it, where there are several hosts; each was redacted already, and once more does no harm.
-    message = Redactor(options.url, {}).redact(str(error).strip() or words_of(error))
-    refusal = refusal_of(error, message, _sslmode(options.url))
+    message, refusal = explain(failed, options.url, has_timeout_option=True)
     if options.json:
         error_as_json = {"kind": refusal.kind, "message": message, "fix": refusal.fix}
         _print_json({"ok": False, "error": error_as_json})
     else:
         _show_refusal(message, refusal)
     return COULD_NOT_RUN
-
-
-def _sslmode(url: str) -> str:
-    try:
-        return asked(parse(url, {}), "sslmode", "prefer")
-    except psycopg.Error:  # then that is the failure
-        return "prefer"
 
 
 def _show_refusal(message: str, refusal: Refusal) -> None:

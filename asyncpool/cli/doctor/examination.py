@@ -5,7 +5,6 @@ Everything that is asked only reads. What is refused, as by a server that is no 
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 import time
@@ -18,12 +17,13 @@ from asyncpool._io.connect_errors import ConnectFailed
 from asyncpool._io.tls import tls_attribute
 from asyncpool.cli.capacity import QUESTION, capacity_of
 from asyncpool.cli.doctor import pooling
-from asyncpool.cli.doctor.asking import Client, NoAnswer, connected, words_of
+from asyncpool.cli.doctor.asking import Client, connected
 from asyncpool.cli.doctor.facts import Facts, Pooler, Prepared, Tls
+from asyncpool.cli.refusals import NoAnswer, asked, words_of
 from asyncpool.conninfo import Redactor, describe, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable
 
     from psycopg.pq.abc import PGconn
 
@@ -156,11 +156,6 @@ class Examination:
 
     def _asked(self, name: str, default: str) -> str:
         return asked(self._given, name, default)
-
-
-def asked(given: Mapping[str, object], name: str, default: str) -> str:
-    """A connection parameter as it was given, or as libpq's environment has it."""
-    return str(given.get(name) or os.environ.get(f"PG{name.upper().replace('_', '')}") or default)
 
 
 def _address_of(pgconn: PGconn) -> dict[str, str]:

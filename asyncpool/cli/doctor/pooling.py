@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 from psycopg import DatabaseError, Error
 
 from asyncpool._io.connect_errors import ConnectFailed
-from asyncpool.cli.doctor.asking import Client, NoAnswer, connected, words_of
+from asyncpool.cli.doctor.asking import Client, connected
 from asyncpool.cli.doctor.facts import Pooler, PoolMode, Prepared
+from asyncpool.cli.refusals import NoAnswer, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from asyncpool.cli.capacity import QUESTION, capacity_of
+from asyncpool.cli.refusals import explain
 from asyncpool.cli.signals import interruptible, run_interruptibly
 from asyncpool.cli.tune import report
 from asyncpool.cli.tune.chart import check_can_draw, draw
@@ -56,6 +58,9 @@ exit status:
   130   Ctrl-C (143: SIGTERM); what was measured until then is shown
 
 keys of --json:
+  ok
+        whether the exit status is 0; if nothing could be measured, there is
+        besides only error: {kind, message, fix}
   max_size, conclusive, reason, notes
         what is recommended; if not conclusive, max_size is the best that was
         seen, or null
@@ -75,6 +80,8 @@ keys of --json:
         the same, with connections for size; null if not measured
   free_connections, processes
         how many connections the server has free, how many such pools fit
+  statements_committed
+        with --commit: how many, those included that were not counted
   server_version, query, committed, tasks, seconds_per_size
 """
 
@@ -203,11 +210,24 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             print("interrupted", file=sys.stderr)
             return interruption.exit_status
         except StatementFailed as failure:
-            print(f"asyncpool tune: {secrets.redact(str(failure))}", file=sys.stderr)
+            _say_why_not(options, "statement", secrets.redact(str(failure)), None)
             return FAILED
-        except (Refused, psycopg.Error, OSError) as error:
-            print(f"asyncpool tune: {secrets.redact(str(error)).strip()}", file=sys.stderr)
-            return COULD_NOT_RUN
+        except psycopg.Error as error:
+            message, refusal = explain(error, url)
+            _say_why_not(options, refusal.kind, message, refusal.fix if refusal.is_known else None)
+        except (Refused, OSError) as error:
+            kind = "refused" if isinstance(error, Refused) else "system"
+            _say_why_not(options, kind, secrets.redact(str(error)).strip(), None)
+        return COULD_NOT_RUN
+
+
+def _say_why_not(options: argparse.Namespace, kind: str, message: str, fix: str | None) -> None:
+    if options.json:
+        print(json.dumps({"ok": False, "error": {"kind": kind, "message": message, "fix": fix}}, indent=2))
+        return
+    print(f"asyncpool tune: {message}", file=sys.stderr)
+    if fix is not None:
+        print(f"fix: {fix}", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,10 +256,14 @@ class _Tuning:
         """Returns the exit status. What was measured is shown also after Ctrl-C, which is raised all the same."""
         interrupted: KeyboardInterrupt | None = None
         try:
-            with report.progress() as progress, _errors_only():
+            with report.progress(as_json=self._options.json) as progress, _errors_only():
                 run_interruptibly(lambda: self._measure(progress))
         except KeyboardInterrupt as interruption:
             interrupted = interruption
+        except StatementFailed as failure:
+            if committed := self._committed():
+                raise StatementFailed(f"{failure}\n{report.about_committed(committed)}") from failure
+            raise
         found = self._report()
         if found and (found.readings or not interrupted):
             self._show(found)
@@ -309,6 +333,11 @@ class _Tuning:
             f" transactions are {how}; {planned.at_most:.0f} s at most"
         )
 
+    def _committed(self) -> int:
+        if self._prepared is None or self._sweep is None or not self._statement.commit:
+            return 0
+        return self._prepared.trial.committed + self._sweep.executed
+
     def _report(self) -> report.Report | None:
         prepared, sweep = self._prepared, self._sweep
         if prepared is None or sweep is None:
@@ -326,6 +355,7 @@ class _Tuning:
             recommendation=recommend(sweep.readings, sweep.ending),
             free=prepared.capacity.free,
             limit=prepared.capacity.limit,
+            committed=self._committed(),
         )
 
     def _show(self, found: report.Report) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from asyncpool.cli.extras import console
+from asyncpool.cli.extras import MissingExtra, console
 from asyncpool.cli.tune.knee import (
     TOLERANCE,
     Ending,
@@ -45,7 +46,9 @@ SLOW = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that is known in the end. `free`: connections that the server had for us, and `limit` why no more."""
+    """All that is known in the end. `free`: connections that the server had for us, and `limit` why no more;
+    `committed`: how many statements were, those of the trial included.
+    """
 
     server_version: str
     statement: Statement
@@ -57,6 +60,7 @@ class Report:
     recommendation: Recommendation
     free: int
     limit: str
+    committed: int = 0
 
     @property
     def processes(self) -> int | None:
@@ -71,11 +75,8 @@ class Report:
 class Lines:
     """A line for each size, for a pipe or a log."""
 
-    def __init__(self, err: Console) -> None:
-        self._console = err
-
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        print(text, file=sys.stderr, flush=True)
 
     def begin_pass(self, title: str, done: float) -> None:
         """Lines tell what is done, not what begins."""
@@ -106,11 +107,18 @@ def _first_figures(title: str, reading: Reading) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar on standard error if that is a terminal; lines if not. Raises MissingExtra."""
-    err = console(stderr=True)
-    if not err.is_terminal:
-        yield Lines(err)
+def progress(*, as_json: bool) -> Iterator[Progress]:
+    """A bar on standard error if that is a terminal; lines if not, and with JSON where rich is missing. Raises
+    MissingExtra.
+    """
+    try:
+        err = console(stderr=True)
+    except MissingExtra:
+        if not as_json:
+            raise
+        err = None
+    if err is None or not err.is_terminal:
+        yield Lines()
         return
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -224,6 +232,8 @@ def notes(report: Report) -> list[str]:
         )
     found += _about_one_shots(report)
     found += _about_latencies(report)
+    if report.committed:
+        found.append(about_committed(report.committed))
     if recommendation.conclusive and (spread := noise(report.readings)) > TOLERANCE:
         found.append(
             f"Passes of the same size were {plus_minus(spread)} apart, so that rates are told apart only if they differ"
@@ -290,6 +300,12 @@ def _about_one_shots(report: Report) -> Iterator[str]:
         yield f"One-shots carried {rate_of(one_shots)} on {connections}, {times:.2f} times as many."
 
 
+def about_committed(number: int) -> str:
+    """What is left behind."""
+    were = "was committed, and what it wrote stays" if number == 1 else "were committed, and what they wrote stays"
+    return f"{count_of(number, 'statement')} {were}."
+
+
 def _about_latencies(report: Report) -> Iterator[str]:
     unknown = [str(reading.size) for reading in report.readings if reading.p99 is None]
     if report.one_shots and report.one_shots.p99 is None:
@@ -309,6 +325,7 @@ def as_json(report: Report) -> str:
     recommendation = report.recommendation
     return json.dumps(
         {
+            "ok": recommendation.conclusive,
             "max_size": recommendation.max_size,
             "conclusive": recommendation.conclusive,
             "reason": recommendation.reason,
@@ -322,6 +339,7 @@ def as_json(report: Report) -> str:
             "server_version": report.server_version,
             "query": report.statement.query,
             "committed": report.statement.commit,
+            "statements_committed": report.committed,
             "tasks": report.plan.tasks,
             "seconds_per_size": round(report.plan.seconds, 3),
         },

@@ -52,10 +52,11 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What became of it: how many seconds it takes alone, and whether it only reads."""
+    """What became of it: how many seconds it takes alone, whether it only reads, and how often it was committed."""
 
     seconds: float
     only_reads: bool
+    committed: int = 0
 
 
 def query_argument(text: str) -> str:
@@ -109,7 +110,7 @@ async def try_out(conn: psycopg.AsyncConnection[Any], statement: Statement, pati
         if conn.broken:
             raise
         raise StatementFailed(explain(error, statement)) from error
-    return Trial(min(durations), alone is not None)
+    return Trial(min(durations), alone is not None, len(durations) if statement.commit else 0)
 
 
 async def _alone_if_it_only_reads(

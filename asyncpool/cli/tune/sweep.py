@@ -17,6 +17,7 @@ from asyncpool.errors import PoolTimeout
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from asyncpool.cli.tune.load import Once, Worker
     from asyncpool.cli.tune.statement import Statement, Trial
 
 # The measuring of a size is cut into so many passes, and the sizes take turns: whatever else the machine does for a
@@ -125,6 +126,7 @@ class Sweep:
         self._passes: dict[int, list[Pass]] = {}
         self._one_shot_passes: list[Pass] = []
         self._ends_at = float("inf")
+        self.executed = 0
         self.ending = Ending.INTERRUPTED
 
     @property
@@ -198,7 +200,7 @@ class Sweep:
         except PoolTimeout as timeout:
             raise timeout.__cause__ or timeout from None
         try:
-            once = (as_one_shot if one_shots else on_a_lease)(pool, self._statement)
+            once = self._counted((as_one_shot if one_shots else on_a_lease)(pool, self._statement))
             patience = self._patience(size, before)
             measured = await measure(once, plan.tasks, plan.warm_up, plan.seconds / plan.passes, patience=patience)
             measured.connections = pool.stats().size
@@ -219,6 +221,15 @@ class Sweep:
             prepare_threshold=5 if self._statement.prepare else None,
             fallback_application_name="asyncpool tune",
         )
+
+    def _counted(self, once: Once) -> Once:
+        """Also in the warm-up, and in a pass that is cut short."""
+
+        async def counted(worker: Worker) -> None:
+            await once(worker)
+            self.executed += 1
+
+        return counted
 
     def _patience(self, size: int, before: Sequence[Pass]) -> float:
         """How long first answers may be waited for after the warm-up: while there is time for it in a size's first

@@ -1,16 +1,28 @@
-"""Why nobody was let in, by the SQLSTATE or the words of the connect error, and what helps against it. Pure."""
+"""Why nobody was let in, by the SQLSTATE or the words of the connect error, and what helps against it."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from psycopg import Error, ProgrammingError
+from psycopg import DatabaseError, Error, ProgrammingError
 from psycopg import errors as e
 
-from asyncpool.cli.doctor.asking import NoAnswer
+from asyncpool._io.connect_errors import ConnectFailed
+from asyncpool.conninfo import Redactor, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class NoAnswer(Exception):
+    """A step took longer than it may: which one, and how long, in seconds, it was waited for."""
+
+    def __init__(self, step: str, seconds: float) -> None:
+        super().__init__(f"no answer within {seconds:g} s: {step}")
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,11 @@ class Refusal:
 
     kind: str
     fix: str
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the words were understood."""
+        return self.kind != _OTHER.kind
 
 
 _STATES = {
@@ -117,14 +134,17 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
     ),
 )
 
+# For the command that has such an option.
+LONGER = "; --timeout gives it longer"
+
 _TIMEOUT = Refusal(
     "timeout",
-    "check host and port, and that no firewall or security group drops what is sent there; --timeout gives it longer",
+    "check host and port, and that no firewall or security group drops what is sent there" + LONGER,
 )
 _NO_ANSWER = Refusal(
     "no answer",
-    "it let us in and does not answer: a pooler may have no server connection free, or the server is overloaded;"
-    " --timeout gives it longer",
+    "it let us in and does not answer: a pooler may have no server connection free, or the server is overloaded"
+    + LONGER,
 )
 _SYSTEM = {
     errno.ECONNREFUSED: Refusal(
@@ -163,3 +183,32 @@ def _by_words(words: str) -> Refusal:
         if re.search(pattern, words, re.DOTALL | re.IGNORECASE):
             return refusal
     return next((refusal for number, refusal in _SYSTEM.items() if os.strerror(number) in words), _OTHER)
+
+
+def explain(failed: Exception, url: str, *, has_timeout_option: bool = False) -> tuple[str, Refusal]:
+    """The words of a failed connect to the server at `url`, without a password, and what helps."""
+    error = failed.error if isinstance(failed, ConnectFailed) else failed
+    # All of them, where there are several hosts; each was redacted already, and once more does no harm.
+    message = Redactor(url, {}).redact(str(error).strip() or words_of(error))
+    refusal = refusal_of(error, message, _sslmode(url))
+    if not has_timeout_option:
+        refusal = replace(refusal, fix=refusal.fix.removesuffix(LONGER))
+    return message, refusal
+
+
+def _sslmode(url: str) -> str:
+    try:
+        return asked(parse(url, {}), "sslmode", "prefer")
+    except Error:  # then that is the failure
+        return "prefer"
+
+
+def asked(given: Mapping[str, object], name: str, default: str) -> str:
+    """A connection parameter as it was given, or as libpq's environment has it."""
+    return str(given.get(name) or os.environ.get(f"PG{name.upper().replace('_', '')}") or default)
+
+
+def words_of(error: Exception) -> str:
+    """The server's words, in one line."""
+    primary = error.diag.message_primary if isinstance(error, DatabaseError) else None
+    return " ".join((primary or str(error)).split())
