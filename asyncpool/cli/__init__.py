@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
+from asyncpool import __version__
+from asyncpool.cli.arguments import CommandParser, Parser
 from asyncpool.cli.demo import command as demo
 from asyncpool.cli.doctor import command as doctor
 from asyncpool.cli.extras import MissingExtra
@@ -22,16 +25,33 @@ COULD_NOT_RUN = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments`, by default the process's, name. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="asyncpool", description="A PostgreSQL connection pool for asyncio.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser = Parser(prog="asyncpool", description="A PostgreSQL connection pool for asyncio.")
+    parser.add_argument("--version", action="version", version=f"asyncpool {__version__}")
+    of_commands: type[argparse.ArgumentParser] = CommandParser
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=of_commands)
     demo.add_command(commands)
     doctor.add_command(commands)
     tune.add_command(commands)
     top.add_command(commands)
     parsed = parser.parse_args(arguments)
+    status: int | None = None
     try:
-        status: int = parsed.run(parsed, parser)
+        status = parsed.run(parsed)
+        sys.stdout.flush()
     except MissingExtra as missing:
         print(f"asyncpool: {missing}", file=sys.stderr)
         return COULD_NOT_RUN
-    return status
+    except BrokenPipeError:  # whoever read it has seen enough
+        _forget_output()
+    except OSError as error:
+        # A full disk, most likely. What the command itself could not do, it has told.
+        if status != COULD_NOT_RUN:
+            print(f"asyncpool: the output cannot be written: {error}", file=sys.stderr)
+            status = COULD_NOT_RUN
+        _forget_output()
+    return 0 if status is None else status
+
+
+def _forget_output() -> None:
+    """The interpreter's own flush at exit must not fail as well."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -322,7 +322,7 @@ def test_a_statement_that_fails_under_load_ends_the_sweep_with_its_error(tune: T
         (("--query", " ; "), "argument --query: it is empty"),
         (("--query", "/* x */ commit"), "argument --query: COMMIT cannot be measured"),
         (("--query", "copy a to stdout"), "argument --query: COPY cannot be measured"),
-        (("--query", "select 1", "--max-size", "0"), "argument --max-size: '0' is no positive whole number"),
+        (("--query", "select 1", "--max-size", "0"), "argument --max-size: 0 is less than 1"),
         (("--query", "select 1", "--seconds", "nan"), "argument --seconds: 'nan' is no number of seconds"),
         (("--query", "select 1", "--plot", "picture.pdf"), "argument --plot: 'picture.pdf' is neither"),
         (("--query", "select 1", "--plot", "nowhere/at/all.png"), "argument --plot: 'nowhere/at/all.png' cannot be"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psycopg
 
+from asyncpool.cli.arguments import server_of, whole_number
 from asyncpool.cli.demo import report
 from asyncpool.cli.demo.display import display, in_ascii
 from asyncpool.cli.demo.readings import Readings
@@ -32,6 +32,8 @@ pool, by its one-shot statements, and through the pool while the server ends all
 the figures side by side, and whether the table has exactly what was acknowledged; the exit status is 1 if not.
 """
 
+MIN_SIZE = 2
+
 FAILED = 1
 COULD_NOT_RUN = 2
 
@@ -41,44 +43,38 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "demo", help="see the pool carry a workload on a real PostgreSQL", description=DESCRIPTION
     )
-    for name, kind, default, meaning in (
-        ("--devices", _positive, 200, "how many send at the same time"),
-        ("--payloads", _positive, 4000, "how many they send, all together"),
-        ("--min-size", _not_negative, 2, "connections that the pool keeps"),
-        ("--max-size", _positive, 10, "connections that the pool may open"),
+    for name, least, default, meaning in (
+        ("--devices", 1, 200, "how many send at the same time"),
+        ("--payloads", 1, 4000, "how many they send, all together"),
+        ("--max-size", 1, 10, "connections that the pool may open"),
     ):
-        parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{meaning} (default: {default})")
+        parser.add_argument(
+            name,
+            type=whole_number(at_least=least),
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: {default})",
+        )
+    parser.add_argument(
+        "--min-size",
+        type=whole_number(at_least=0),
+        metavar="N",
+        help=f"connections that the pool keeps (default: {MIN_SIZE}, or --max-size if that is less)",
+    )
     parser.add_argument(
         "--url",
-        default=os.environ.get("DATABASE_URL") or None,
         help="a server to use instead of an embedded one; the demo keeps to a schema of its own, and drops it"
         " (default: DATABASE_URL)",
     )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    return _number(text, at_least=1)
-
-
-def _not_negative(text: str) -> int:
-    return _number(text, at_least=0)
-
-
-def _number(text: str, *, at_least: int) -> int:
-    # argparse would put the converter's name into the message of any other error.
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-    if number < at_least:
-        raise argparse.ArgumentTypeError(f"{number:,} is less than {at_least}")
-    return number
+    parser.set_defaults(run=lambda options: run(options, parser))
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the demo. Returns the exit status."""
+    options.url = server_of(options.url, parser)
+    if options.min_size is None:
+        options.min_size = min(MIN_SIZE, options.max_size)
     if options.min_size > options.max_size:
         parser.error(f"--min-size {options.min_size} is more than --max-size {options.max_size}")
     with interruptible() as interruption:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from asyncpool._io.connect_errors import ConnectFailed
+from asyncpool.cli.arguments import NO_SERVER, seconds, server_of
 from asyncpool.cli.doctor.examination import Examination
 from asyncpool.cli.doctor.findings import Level, diagnose
 from asyncpool.cli.extras import console
@@ -66,38 +67,30 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="is a server fit for a pool, and which options does the pool need?",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "url",
         metavar="URL",
         nargs="?",
-        default=os.environ.get("DATABASE_URL") or None,
         help="the server, as a URL or key=value pairs (default: DATABASE_URL)",
     )
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds(at_least=0.01, at_most=3600),
         default=TIMEOUT,
         metavar="SECONDS",
         help=f"for each address to connect to, and for each question (default: {TIMEOUT:g})",
     )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     # Its own usage is what a wrong option gets, not that of all commands.
-    parser.set_defaults(run=lambda options, _: run(options, parser))
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 3600 seconds")
-    return seconds
+    parser.set_defaults(run=lambda options: run(options, parser))
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Examine the server, and say what was found. Returns the exit status."""
+    options.url = server_of(options.url, parser)
     if options.url is None:
-        parser.error("which server? Give its URL, or set DATABASE_URL")
+        parser.error(NO_SERVER)
     screen = None if options.json else console()  # raises before the server is bothered
     with interruptible() as interruption:
         try:

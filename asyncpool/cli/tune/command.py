@@ -8,13 +8,14 @@ import json
 import logging
 import os
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psycopg
 
+from asyncpool.cli.arguments import NO_SERVER, seconds, server_of, whole_number
 from asyncpool.cli.capacity import QUESTION, capacity_of
 from asyncpool.cli.refusals import explain
 from asyncpool.cli.signals import interruptible, run_interruptibly
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from asyncpool.cli.tune.statement import Trial
     from asyncpool.cli.tune.sweep import Plan, Progress
 
-# Both are printed as they are, so that they have to fit a terminal of 80 columns.
+# What is indented is printed as it is, and has to fit a terminal of 80 columns.
 DESCRIPTION = """\
 How large should the pool be? Many tasks do one statement again and again, each
 time in a transaction on a connection that they take from the pool and give
@@ -109,7 +110,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="find out how large the pool should be for a statement of yours",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "url", nargs="?", metavar="URL", help="the server, as a URL or key=value (default: DATABASE_URL)"
@@ -136,25 +136,25 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument(
         "--tasks",
-        type=_positive,
+        type=whole_number(at_least=1),
         metavar="N",
         help=f"how many tasks ask at the same time (default: {DEFAULT_TASKS}, or twice --max-size)",
     )
     parser.add_argument(
         "--max-size",
-        type=_positive,
+        type=whole_number(at_least=1),
         metavar="N",
         help=f"the largest size to measure (default: {DEFAULT_MAX_SIZE}, or half of the connections that are free)",
     )
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=seconds(at_least=0.05, at_most=86400),
         metavar="S",
         help=f"how long each size is measured (default: {DEFAULT_SECONDS:g}; more for a slow statement)",
     )
     parser.add_argument(
         "--max-seconds",
-        type=_seconds,
+        type=seconds(at_least=0.05, at_most=86400),
         default=DEFAULT_MAX_SECONDS,
         metavar="S",
         help=f"how long all of it may take (default: {DEFAULT_MAX_SECONDS:g})",
@@ -164,21 +164,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--plot", type=_picture, metavar="FILE", help="draw the rate and p99 over the size into a .svg or .png"
     )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    parser.set_defaults(run=lambda options, _: run(options, parser))
-
-
-def _positive(text: str) -> int:
-    with suppress(ValueError):
-        if (number := int(text)) >= 1:
-            return number
-    raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-
-
-def _seconds(text: str) -> float:
-    with suppress(ValueError):
-        if 0.05 <= (number := float(text)) <= 86400:
-            return number
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.05 to 86400")
+    parser.set_defaults(run=lambda options: run(options, parser))
 
 
 def _picture(text: str) -> Path:
@@ -192,9 +178,9 @@ def _picture(text: str) -> Path:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure, and print the answer. Returns the exit status."""
-    url = options.url or os.environ.get("DATABASE_URL")
-    if not url:
-        parser.error("no server is named: give its URL, or set DATABASE_URL")
+    url = server_of(options.url, parser)
+    if url is None:
+        parser.error(NO_SERVER)
     if options.tasks and options.max_size and options.tasks < options.max_size:
         parser.error(
             f"--tasks {options.tasks} cannot use --max-size {options.max_size} connections: give at least as many tasks"

@@ -1,0 +1,114 @@
+"""What all commands have in common on their command lines, and the words for what is wrong there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import asyncpool
+from asyncpool.cli import main
+
+COMMANDS = ("demo", "doctor", "tune", "top")
+
+
+@pytest.fixture(autouse=True)
+def no_server_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    """The exit status, and all that argparse says."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("demo", "--min-size", "5", "--max-size", "4"), "--min-size 5 is more than --max-size 4"),
+        (("demo", "--devices", "x"), "argument --devices: 'x' is no whole number"),
+        (("demo", "surplus"), "unrecognized arguments: surplus"),
+        (("doctor", "x", "--timeout", "soon"), "'soon' is no number of seconds from 0.01 to 3600"),
+        (("doctor", "x", "--timeout", "0"), "'0' is no number of seconds from 0.01 to 3600"),
+        (("doctor", "x", "--timeuot=3"), "unrecognized option --timeuot: did you mean --timeout?"),
+        (("tune", "--qeury", "select 1"), "unrecognized option --qeury: did you mean --query?"),
+        (("tune", "--query", "select 1", "--tasks", "x"), "argument --tasks: 'x' is no whole number"),
+        (("top", "x", "--onec"), "unrecognized option --onec: did you mean --once?"),
+    ],
+)
+def test_what_is_wrong_is_told_with_the_usage_of_the_command(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    status, told = said(capsys, *arguments)
+    assert status == 2
+    assert told.startswith(f"usage: asyncpool {arguments[0]} ")
+    assert words in told
+    assert "invalid _" not in told
+
+
+def test_a_misspelt_command_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ": did you mean doctor?" in said(capsys, "doctr")[1]
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "--version") == (0, f"asyncpool {asyncpool.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [("doctor", ""), ("tune", " ", "--query", "select 1"), ("demo", "--url", "")])
+def test_an_empty_url_is_no_server(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "host=127.0.0.1 port=1")
+    status, told = said(capsys, *arguments)
+    assert status == 2
+    assert "the URL is empty: name the server, or leave the URL out and set DATABASE_URL" in told
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("columns", [50, 100])
+def test_the_help_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status, told = said(capsys, command, "--help")
+    assert status == 0
+    assert max(map(len, told.splitlines())) <= columns
+    # Sentences are not broken at a width of their own.
+    assert columns < 100 or max(map(len, told.splitlines())) > 85
+
+
+def test_the_demo_keeps_no_more_connections_than_the_largest_size_by_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["demo", "--max-size", "1", "--url", "host=127.0.0.1 port=1"]) == 2
+    errors = capsys.readouterr().err
+    assert "--min-size" not in errors
+    assert "\nfix: nobody listens there" in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [("doctor",), ("doctor", "--json"), ("tune", "--query", "select 1", "--seconds", "0.1", "--json")]
+)
+def test_an_output_that_cannot_be_written_is_told_in_a_line(dsn: str, arguments: tuple[str, ...]) -> None:
+    command, *more = arguments
+    sizes = ("--max-size", "1") if command == "tune" else ()
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "asyncpool", command, dsn, *more, *sizes],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env={**os.environ, "COLUMNS": "80"},
+        )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.stderr.count("No space left on device") == 1
