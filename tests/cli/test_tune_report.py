@@ -11,7 +11,7 @@ import pytest
 
 from asyncpool.cli.tune.chart import draw
 from asyncpool.cli.tune.knee import Ending, Reading, recommend, sizes_up_to
-from asyncpool.cli.tune.report import Report, notes
+from asyncpool.cli.tune.report import Report, notes, show
 from asyncpool.cli.tune.statement import Statement
 from asyncpool.cli.tune.sweep import Plan
 
@@ -157,3 +157,39 @@ def test_what_limits_is_told(took: float, waited: float, words: str) -> None:
     told = notes(replace(shape, readings=busy, recommendation=recommend(busy, Ending.FLAT)))
     assert any(note.startswith(words) for note in told)
     assert not any("what limits" in note for note in notes(shape))
+
+
+def test_the_band_is_explained_in_the_picture(drawn: list[Drawn], tmp_path: Path) -> None:
+    draw(report(100, 200, 210, 205), tmp_path / "picture.png")
+    assert "the band: from the slowest to the fastest pass" in "\n".join(drawn[0].texts())
+
+
+def test_latencies_that_were_not_measured_are_gaps(drawn: list[Drawn], tmp_path: Path) -> None:
+    found = report(100, 200, 210, 205, one_shots=300)
+    unknown = [replace(one, p50=None, p99=None, wait_share=None) for one in found.readings]
+    partly = replace(found, readings=[*unknown[:1], *found.readings[1:]])
+    none = replace(found, readings=unknown, recommendation=recommend(unknown, Ending.FLAT))
+    for shown in (partly, none):
+        draw(shown, tmp_path / "picture.png")
+        assert any("Latencies were not measured where there is a `-` (1" in note for note in notes(shown))
+
+
+@pytest.mark.parametrize(("ending", "is_marked"), [(Ending.FLAT, True), (Ending.TIME_IS_UP, False)])
+def test_a_size_is_marked_in_the_table_only_if_it_is_recommended(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ending: Ending, is_marked: bool
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "80", "NO_COLOR": ""}.items():
+        monkeypatch.setenv(name, value)
+    found = report(100, 200, 205, 203)
+    show(replace(found, ending=ending, recommendation=recommend(found.readings, ending)))
+    assert ("\x1b[1;32m" in capsys.readouterr().out) is is_marked
+
+
+def test_a_bar_that_is_cut_off_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    show(report(100, 200, 205, 203, one_shots=5000))
+    assert "▶ this bar is longer than there is room for" in capsys.readouterr().out
+    show(report(100, 200, 205, 203, one_shots=300))
+    assert "▶" not in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import importlib.util
 import math
 import warnings
@@ -13,7 +12,6 @@ from asyncpool.cli.tune.knee import count_of, milliseconds, rate_of
 from asyncpool.cli.tune.report import HIGHEST_IN_VIEW
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -49,10 +47,6 @@ MARGINS: Any = {"w_pad": 0.14, "h_pad": 0.14}
 QUERY_LENGTH = 88
 
 DASHES = (0, (5, 3))
-
-# What a short name takes, as shares of the width and of the height of its panel.
-NAME_WIDTH, NAME_HEIGHT = 0.2, 0.15
-NAME_STEPS = 12
 
 
 def check_can_draw() -> None:
@@ -201,7 +195,9 @@ def _draw_latencies(axes: Axes, report: Report) -> None:
         if not math.isnan(values[-1]):
             _name_at_the_end(axes, name, values[-1], color, away if are_close else "center")
     if report.one_shots and report.one_shots.p99 is not None:
-        _draw_one_shots_latency(axes, 1000 * report.one_shots.p99, sizes, [slow, typical])
+        p99 = 1000 * report.one_shots.p99
+        axes.axhline(p99, color=GREEN, linewidth=1.4, linestyle=DASHES, label="one-shots, p99")
+        axes.legend(loc="best", frameon=False, fontsize=9.5, labelcolor=GREEN)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_ylabel("latency, ms")
@@ -209,58 +205,6 @@ def _draw_latencies(axes: Axes, report: Report) -> None:
 
 def _in_ms(seconds: float | None) -> float:
     return math.nan if seconds is None else 1000 * seconds
-
-
-def _draw_one_shots_latency(axes: Axes, p99: float, sizes: Sequence[int], curves: Sequence[Sequence[float]]) -> None:
-    """A line across, with its name where the curves leave most room."""
-    axes.axhline(p99, color=GREEN, linewidth=1.4, linestyle=DASHES)
-    across, is_above = freest_place(p99, sizes, curves)
-    axes.annotate(
-        "one-shots, p99",
-        (across, p99),
-        xycoords=("axes fraction", "data"),
-        xytext=(6 - 12 * across, 3 if is_above else -3),
-        textcoords="offset points",
-        ha="left" if across == 0 else "right" if across == 1 else "center",
-        va="bottom" if is_above else "top",
-        color=GREEN,
-        fontsize=9.5,
-    )
-
-
-def freest_place(value: float, sizes: Sequence[int], curves: Sequence[Sequence[float]]) -> tuple[float, bool]:
-    """Where a short name beside a line across at `value` is farthest from curves over the sizes: at which share of the
-    width, and whether above the line.
-    """
-    # The sizes are on a logarithmic scale.
-    width = math.log(sizes[-1] / sizes[0]) or 1.0
-    positions = [math.log(size / sizes[0]) / width for size in sizes]
-    top = max([value, *(point for curve in curves for point in curve if not math.isnan(point))]) or 1.0
-    height = top * NAME_HEIGHT
-
-    def room(place: tuple[float, bool]) -> float:
-        across, is_above = place
-        left = across * (1 - NAME_WIDTH)
-        low, high = (value, value + height) if is_above else (value - height, value)
-        if low < 0:
-            return -top  # below the axis
-        distances = [
-            max(low - point, point - high)
-            for curve in curves
-            for step in range(NAME_STEPS + 1)
-            if not math.isnan(point := _point_at(positions, curve, left + NAME_WIDTH * step / NAME_STEPS))
-        ]
-        return min(distances, default=top)
-
-    return max([(across, is_above) for is_above in (True, False) for across in (0.0, 0.5, 1.0)], key=room)
-
-
-def _point_at(positions: Sequence[float], curve: Sequence[float], across: float) -> float:
-    """On the straight lines between its points; nan in a gap."""
-    after = min(bisect.bisect_left(positions, across), len(curve) - 1)
-    before = max(after - 1, 0)
-    share = (across - positions[before]) / ((positions[after] - positions[before]) or 1.0)
-    return curve[before] + (curve[after] - curve[before]) * min(share, 1.0)
 
 
 def _name_at_the_end(axes: Axes, name: str, value: float, color: str, alignment: str) -> None:

@@ -174,11 +174,14 @@ def _print_table(out: Console, report: Report) -> None:
     scale = min(scale, max(reading.rate for reading in readings)) or 1.0
     for reading, row in zip(readings, rows, strict=True):
         is_one_shots = reading is report.one_shots
-        marked = not is_one_shots and reading.size == report.recommendation.max_size
+        recommended = report.recommendation.max_size if report.recommendation.conclusive else None
+        marked = not is_one_shots and reading.size == recommended
         style = "bold green" if marked else "cyan" if is_one_shots else ""
         bar = [Text(_bar(reading.rate / scale, room, out))] if room >= NARROWEST_BARS else []
         table.add_row(*(Text(cell) for cell in row), *bar, style=style)
     out.print(table)
+    if room >= NARROWEST_BARS and any(reading.rate > scale for reading in readings):
+        _print(out, f"{_bar(2, 1, out)} this bar is longer than there is room for")
 
 
 def _cells(reading: Reading) -> list[str]:
