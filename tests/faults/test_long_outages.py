@@ -17,6 +17,7 @@ from kit.virtual_time import VirtualLoop, run_virtually
 
 from asyncpool import Pool, PoolTimeout
 from asyncpool._core.policy import PROBE_SHARE
+from asyncpool._io.log import REPEATED_WITHIN
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -93,7 +94,10 @@ def test_a_server_that_is_down_for_hours(caplog: pytest.LogCaptureFixture, min_s
                 pause = min(BACKOFF_MAX, max(BACKOFF_INITIAL, PROBE_SHARE * (probe - probes[0])))
                 assert following - probe == pytest.approx(pause, abs=0.001)
             assert probes[-1] >= loop.time() - BACKOFF_MAX
-            assert [r.levelname for r in caplog.records if r.levelno > logging.INFO] == ["WARNING"]
+            told = [record for record in caplog.records if record.levelno > logging.INFO]
+            assert {record.levelname for record in told} == {"WARNING"}
+            assert all("connecting failed" in record.getMessage() for record in told)
+            assert 1 <= len(told) <= 1 + (loop.time() - down_at) / REPEATED_WITHIN
 
             # It heals without a request.
             await server.start()
