@@ -48,9 +48,15 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def application_name() -> str:
-    """The name under which the server knows this test's sessions."""
-    return f"asyncpool-test-{next(test_numbers)}"
+def application_name(shared_admin: Admin) -> Iterator[str]:
+    """The name under which the server knows this test's sessions.
+
+    What they still do on the shared server when the test is over is ended: a statement whose client was cut off may
+    run on for minutes, and `create index concurrently` waits for every transaction of the database.
+    """
+    name = f"asyncpool-test-{next(test_numbers)}"
+    yield name
+    shared_admin.terminate_busy(name)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -27,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments`, by default the process's, name. Returns the exit status."""
     parser = Parser(prog="asyncpool", description="A PostgreSQL connection pool for asyncio.")
     parser.add_argument("--version", action="version", version=f"asyncpool {__version__}")
-    of_commands: type[argparse.ArgumentParser] = CommandParser
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=of_commands)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=CommandParser)
     demo.add_command(commands)
     doctor.add_command(commands)
     tune.add_command(commands)

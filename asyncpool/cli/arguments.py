@@ -8,7 +8,7 @@ import os
 import re
 import textwrap
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,10 +49,13 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of a command: what it does not know is told with its own usage, and the name that may be meant."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"formatter_class": HelpFormatter, **settings})
+        settings.setdefault("formatter_class", HelpFormatter)
+        super().__init__(**settings)
 
     # The overloads of the typeshed are about the namespace, which is passed on as it is.
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # no overloads here
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         known = [name for action in self._actions for name in action.option_strings]
         for argument in args or ():
             # Ahead of argparse, which would ask for what is required first.
@@ -65,6 +68,10 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return options, unknown
+
+
+# What each command adds itself to.
+Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"  # noqa: SLF001  # what add_subparsers() returns
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:

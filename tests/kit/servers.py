@@ -115,6 +115,13 @@ class Admin:
         )
         return [state for (state,) in found]
 
+    def terminate_busy(self, application_name: str) -> None:
+        """End those of that name that execute a statement or are in a transaction."""
+        self.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s and state <> 'idle'",
+            [application_name],
+        )
+
     def asleep(self, application_name: str) -> int:
         """How many of these sessions are in `pg_sleep`. One that is `active` may be in a BEGIN before that: what ends a
         statement then is not the end of the one that is meant.

@@ -23,6 +23,7 @@ from asyncpool.conninfo import Redactor, parse
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from asyncpool.cli.arguments import Commands
     from asyncpool.cli.demo.display import Display
     from asyncpool.cli.demo.rounds import RoundResult
 
@@ -38,7 +39,7 @@ FAILED = 1
 COULD_NOT_RUN = 2
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add `demo` and its options."""
     parser = commands.add_parser(
         "demo", help="see the pool carry a workload on a real PostgreSQL", description=DESCRIPTION

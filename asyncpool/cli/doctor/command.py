@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from asyncpool.cli.arguments import Commands
     from asyncpool.cli.doctor.facts import Facts
     from asyncpool.cli.doctor.findings import Diagnosis
     from asyncpool.cli.refusals import Refusal
@@ -60,7 +61,7 @@ STYLES = {Level.OK: "green", Level.NOTE: "cyan", Level.WARNING: "yellow", Level.
 MARGIN = max(map(len, Level)) + 2
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add `doctor` and its options."""
     parser = commands.add_parser(
         "doctor",

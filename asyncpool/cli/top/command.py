@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
 
+    from asyncpool.cli.arguments import Commands
+
 DESCRIPTION = """\
 A live view of a pool that was made with monitor=PATH, in whatever process of yours: its connections, the queue,
 how long is waited and held, and who holds what. q or Ctrl-C ends it. Where the output is no terminal it is printed
@@ -34,7 +36,7 @@ RETRY_AFTER = 1.0
 SILENT_AFTER = 3.0
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add `top` and its options."""
     parser = commands.add_parser("top", help="watch a running pool, over its monitor socket", description=DESCRIPTION)
     parser.add_argument("path", metavar="PATH", help="what the pool was given as its option `monitor`")

@@ -29,6 +29,7 @@ from asyncpool.conninfo import Redactor, parse
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from asyncpool.cli.arguments import Commands
     from asyncpool.cli.capacity import Capacity
     from asyncpool.cli.tune.statement import Trial
     from asyncpool.cli.tune.sweep import Plan, Progress
@@ -103,7 +104,7 @@ class Refused(Exception):
     """What was asked for is not to be done on this server; the message says what may be."""
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add `tune` and its options."""
     parser = commands.add_parser(
         "tune",
