@@ -198,4 +198,5 @@ def table(admin: Admin, application_name: str) -> Iterator[str]:
     admin.execute(f"drop table if exists {name}")
     admin.execute(f"create table {name} (id integer unique deferrable initially deferred)")
     yield name
+    admin.terminate_busy(application_name)  # of a test that failed midway: they would keep the table
     admin.execute(f"drop table {name}")

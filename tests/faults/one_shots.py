@@ -91,6 +91,7 @@ def ledger_on(admin: Admin, application_name: str) -> Iterator[Ledger]:
     """One for a test."""
     ledger = Ledger(admin, application_name.replace("-", "_") + "_ledger")
     yield ledger
+    admin.terminate_busy(application_name)  # of a test that failed midway: they would keep the table
     ledger.drop()
 
 

@@ -100,8 +100,9 @@ async def test_wherever_the_line_is_cut_each_statement_was_acknowledged_or_its_o
         with ends_within(TIMEOUT, str(cut)):
             errors = await ended([await send(write(number)) for number in range(1, 21)])
         told = {type(error) for error in errors if error is not None}
-        assert told <= {StatementTimeout if "stall" in cut.name else StatementOutcomeUnknown}
-        assert len(told) == 1
+        # What comes when the lane has been silent for a moment is not sent on it: all of them were, unless this was slow.
+        unsent = {PoolTimeout} if "stall" in cut.name else set()
+        assert told - unsent == {StatementTimeout if "stall" in cut.name else StatementOutcomeUnknown}
         assert len(ledger.acknowledged) < 20
         assert await pool.fetchval(SLEEP, [1, 0.0], timeout=20) == 1
         link.reset()  # so that the server hears of its end too: it may wait for the rest of a statement
