@@ -100,7 +100,7 @@ async def test_wherever_the_line_is_cut_each_statement_was_acknowledged_or_its_o
         with ends_within(TIMEOUT, str(cut)):
             errors = await ended([await send(write(number)) for number in range(1, 21)])
         told = {type(error) for error in errors if error is not None}
-        # What comes when the lane has been silent for a moment is not sent on it: all of them were, unless this was slow.
+        # On a lane that has been silent for a moment nothing is sent: all was sent before, unless this was slow.
         unsent = {PoolTimeout} if "stall" in cut.name else set()
         assert told - unsent == {StatementTimeout if "stall" in cut.name else StatementOutcomeUnknown}
         assert len(ledger.acknowledged) < 20
