@@ -6,9 +6,12 @@ import argparse
 import difflib
 import os
 import re
+import sys
 import textwrap
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from asyncpool.conninfo import Redactor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,25 +40,33 @@ def _wrapped(line: str, width: int) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of all: names the command that may have been meant."""
+    """The parser of all: names the command that may have been meant, and no password of a misplaced URL."""
+
+    _given: Sequence[str] = ()
+
+    # The overloads of the typeshed are about the namespace, which is passed on as it is.
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # no overloads here
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        self._given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(self._given, namespace)
 
     def error(self, message: str) -> NoReturn:
+        for argument in self._given:
+            message = Redactor(argument, {}).redact(message)
         if misspelt := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             message += _suggestion(misspelt[1], re.findall(r"\w+", misspelt[2]))
         super().error(message)
 
 
-class CommandParser(argparse.ArgumentParser):
+class CommandParser(Parser):
     """The parser of a command: what it does not know is told with its own usage, and the name that may be meant."""
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("formatter_class", HelpFormatter)
         super().__init__(**settings)
 
-    # The overloads of the typeshed are about the namespace, which is passed on as it is.
-    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # no overloads here
-        self, args: Any = None, namespace: Any = None
-    ) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known = [name for action in self._actions for name in action.option_strings]
         for argument in args or ():
             # Ahead of argparse, which would ask for what is required first.

@@ -56,6 +56,24 @@ def test_a_misspelt_command_is_told_the_nearest(capsys: pytest.CaptureFixture[st
     assert ": did you mean doctor?" in said(capsys, "doctr")[1]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("postgresql://app:hunter2@db/app",),
+        ("demo", "postgresql://app:hunter2@db/app"),
+        ("doctor", "--timeout=postgresql://app:hunter2@db/app"),
+        ("tune", "--query", "select 1", "db", "host=db password=hunter2"),
+    ],
+)
+def test_a_url_in_the_wrong_place_is_told_without_its_password(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    status, told = said(capsys, *arguments)
+    assert status == 2
+    assert "***" in told
+    assert "hunter2" not in told
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, "--version") == (0, f"asyncpool {asyncpool.__version__}\n")
 
