@@ -24,6 +24,7 @@ COULD_NOT_RUN = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments`, by default the process's, name. Returns the exit status."""
+    _open_what_is_closed()
     parser = Parser(prog="asyncpool", description="A PostgreSQL connection pool for asyncio.")
     parser.add_argument("--version", action="version", version=f"asyncpool {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=CommandParser)
@@ -41,13 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COULD_NOT_RUN
     except BrokenPipeError:  # whoever read it has seen enough
         _forget_output()
-    except OSError as error:
-        # A full disk, most likely. What the command itself could not do, it has told.
-        if status != COULD_NOT_RUN:
-            print(f"asyncpool: the output cannot be written: {error}", file=sys.stderr)
-            status = COULD_NOT_RUN
+    except OSError as error:  # a full disk, most likely
+        print(f"asyncpool: the output cannot be written: {error}", file=sys.stderr)
+        status = COULD_NOT_RUN
         _forget_output()
     return 0 if status is None else status
+
+
+def _open_what_is_closed() -> None:
+    """Of a stream that the shell closed (`>&-`) Python makes None, for which print() takes standard output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It is open until the process ends, of which no ResourceWarning is to be made.
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))  # noqa: SIM115
 
 
 def _forget_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,4 +30,11 @@ def console(*, stderr: bool = False) -> Console:
         from rich.console import Console
     except ImportError:
         raise MissingExtra("rich", "cli") from None
-    return Console(stderr=stderr, highlight=False)
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            # Whoever read it has seen enough. rich would end the program with a status that means something else here.
+            with suppress(SystemExit):
+                super().on_broken_pipe()
+
+    return Output(stderr=stderr, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -110,23 +111,79 @@ def test_the_demo_keeps_no_more_connections_than_the_largest_size_by_default(
     assert "\nfix: nobody listens there" in errors
 
 
+def usual_environment() -> dict[str, str]:
+    """In which what is printed is written when there is enough of it, or at the end."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"COLUMNS": "80"}
+
+
+def in_shell(redirected: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, in a shell, `redirected` there."""
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, "-W", "error", "-m", "asyncpool", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=usual_environment(),
+    )
+
+
+TUNE = ("tune", "--query", "select 1", "--seconds", "0.1", "--max-size", "1")
+NOBODY = "host=127.0.0.1 port=1"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize(
-    "arguments", [("doctor",), ("doctor", "--json"), ("tune", "--query", "select 1", "--seconds", "0.1", "--json")]
-)
-def test_an_output_that_cannot_be_written_is_told_in_a_line(dsn: str, arguments: tuple[str, ...]) -> None:
-    command, *more = arguments
-    sizes = ("--max-size", "1") if command == "tune" else ()
-    with Path("/dev/full").open("w", encoding="utf-8") as full:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-m", "asyncpool", command, dsn, *more, *sizes],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            env={**os.environ, "COLUMNS": "80"},
-        )
+@pytest.mark.parametrize("arguments", [("doctor",), ("doctor", "--json"), TUNE, (*TUNE, "--json")])
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_an_output_that_cannot_be_written_is_told_in_a_line(
+    dsn: str, arguments: tuple[str, ...], is_reachable: bool
+) -> None:
+    done = in_shell(">/dev/full", *arguments, dsn if is_reachable else NOBODY)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+    # Otherwise it is standard error that has the message.
+    has_output = is_reachable or "--json" in arguments
+    assert done.stderr.count("the output cannot be written: [Errno 28] No space left on device") == has_output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_picture_that_cannot_be_written_does_not_take_the_figures_along(dsn: str, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.svg"
+    picture.symlink_to("/dev/full")
+    done = in_shell("", *TUNE, dsn, "--json", "--plot", str(picture))
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["sizes"]
     assert done.stderr.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize("redirected", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("arguments", [("doctor", "--json"), (*TUNE, "--json"), ("demo", "--payloads", "9", "--url")])
+def test_a_stream_that_is_closed_is_done_without(dsn: str, redirected: str, arguments: tuple[str, ...]) -> None:
+    done = in_shell(redirected, *arguments, dsn)
+    assert done.returncode in (0, 1)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    if redirected == ">&-":
+        assert done.stdout == ""
+    elif "--json" in arguments:
+        assert json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+@pytest.mark.parametrize(("setting", "status"), [("off", 0), ("on", 1)])
+def test_a_reader_who_has_seen_enough_does_not_change_the_exit_status(
+    dsn: str, setting: str, status: int, more: tuple[str, ...]
+) -> None:
+    server = f"{dsn} options='-c default_transaction_read_only={setting}'"  # a warning, if it is on
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "asyncpool", "doctor", server, *more],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=usual_environment(),
+        )
+    assert (done.returncode, done.stderr) == (status, "")

@@ -367,22 +367,6 @@ def test_without_rich_it_says_what_to_install_and_json_works(dsn: str) -> None:
     assert json.loads(done.stdout)["facts"]["product"] == "PostgreSQL"
 
 
-def test_a_reader_who_has_seen_enough_leaves_no_traceback(dsn: str) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "wb") as pipe:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-m", "asyncpool", "doctor", "--json", dsn],
-            stdout=pipe,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=50,
-        )
-    assert "Traceback" not in done.stderr
-    assert "BrokenPipe" not in done.stderr
-
-
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it(which: signal.Signals) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:

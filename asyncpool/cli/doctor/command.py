@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -104,7 +103,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             return _say_why_not(failed, options)
     diagnosis = diagnose(facts)
     if screen is None:
-        _print_json(as_json(facts, diagnosis))
+        print(json.dumps(as_json(facts, diagnosis), indent=2))
     else:
         show(facts, diagnosis, screen)
     return 0 if diagnosis.is_fit else WARNED
@@ -121,7 +120,7 @@ def _say_why_not(failed: Exception, options: argparse.Namespace) -> int:
     message, refusal = explain(failed, options.url, has_timeout_option=True)
     if options.json:
         error_as_json = {"kind": refusal.kind, "message": message, "fix": refusal.fix}
-        _print_json({"ok": False, "error": error_as_json})
+        print(json.dumps({"ok": False, "error": error_as_json}, indent=2))
     else:
         _show_refusal(message, refusal)
     return COULD_NOT_RUN
@@ -131,14 +130,6 @@ def _show_refusal(message: str, refusal: Refusal) -> None:
     screen = console(stderr=True)
     _print(screen, f"asyncpool doctor: {message}")
     _print(screen, f"fix: {refusal.fix}")
-
-
-def _print_json(outcome: dict[str, Any]) -> None:
-    try:
-        print(json.dumps(outcome, indent=2), flush=True)
-    except BrokenPipeError:
-        # Whoever read it has seen enough; the interpreter's own flush at exit must not fail as well.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- what was found ------------------------------------------------------------------------------------------

@@ -202,9 +202,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         except psycopg.Error as error:
             message, refusal = explain(error, url)
             _say_why_not(options, refusal.kind, message, refusal.fix if refusal.is_known else None)
-        except (Refused, OSError) as error:
-            kind = "refused" if isinstance(error, Refused) else "system"
-            _say_why_not(options, kind, secrets.redact(str(error)).strip(), None)
+        except Refused as refused:
+            _say_why_not(options, "refused", str(refused), None)
         return COULD_NOT_RUN
 
 
@@ -347,7 +346,7 @@ class _Tuning:
 
     def _show(self, found: report.Report) -> None:
         if self._options.json:
-            print(report.as_json(found))
+            print(report.as_json(found), flush=True)  # before a picture that cannot be written
         else:
             report.show(found)
         if self._options.plot and found.readings:
