@@ -263,6 +263,7 @@ def test_the_url_may_be_in_the_environment(tune: Tune, dsn: str, monkeypatch: py
         ("select %s", None, "need values: --params"),
         ("select $1::int", None, "need values: --params"),
         ("select %s, %s", "[1]", "2 placeholders but 1 parameters were passed: --params"),
+        ("select 7 % %s", "[1]", "in which any other % is written %%"),
         ("select %(a)s", '{"b": 1}', "query parameter missing: a: --params"),
         ("select %s", '{"b": 1}', "positional placeholders (%s) require a sequence of parameters: --params"),
         ("-- nothing", None, "--query holds no statement"),
@@ -318,6 +319,7 @@ def test_a_statement_that_fails_under_load_ends_the_sweep_with_its_error(tune: T
     ("arguments", "words"),
     [
         (("--query", "select 1", "--params", "[1"), "argument --params: it is no JSON"),
+        (("--query", "select 1", "--params", r'["\ud800"]'), "argument --params: it is not UTF-8"),
         (("--query", "select 1", "--params", "3"), "argument --params: it is JSON, but neither a list nor an object"),
         (("--query", " ; "), "argument --query: it is empty"),
         (("--query", "/* x */ commit"), "argument --query: COMMIT cannot be measured"),
@@ -433,7 +435,13 @@ def test_the_limits_of_the_role_and_the_database_count(tune: Tune, mortal: Morta
         mortal.admin.execute(f"alter {whose} connection limit 2")
         full = tune(mortal.dsn("tuned", user="app"), *READING, "--max-size", "2")
         assert full.status == 2
+        assert "--max-size 2 is too many: " in full.errors
         assert "limit of 2" in full.errors
+        mortal.admin.execute(f"alter {whose} connection limit {1 if whose == 'role app' else 2}")
+        eventually_blocking(lambda: mortal.sessions("tuned") == 0)
+        without = tune(mortal.dsn("tuned", user="app"), *READING)
+        assert without.status == 2
+        assert re.search(r"no pool can be measured: (1 connection is|0 connections are) free \(this ", without.errors)
     finally:
         mortal.admin.execute(f"alter {whose} connection limit -1")
 

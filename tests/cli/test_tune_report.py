@@ -159,6 +159,24 @@ def test_what_limits_is_told(took: float, waited: float, words: str) -> None:
     assert not any("what limits" in note for note in notes(shape))
 
 
+@pytest.mark.parametrize(
+    ("at_most", "words"),
+    [
+        (5, "The time was up: give a larger --max-seconds (19 would do for all sizes)"),
+        (60, "The 60 s that were planned for were over: statements, or connecting, took longer under load than alone."),
+    ],
+)
+def test_more_time_is_advised_only_where_it_was_short(at_most: float, words: str) -> None:
+    found = report(100, 200, 210, 205)
+    ended = replace(
+        found,
+        plan=replace(found.plan, at_most=at_most),
+        ending=Ending.TIME_IS_UP,
+        recommendation=recommend(found.readings, Ending.TIME_IS_UP),
+    )
+    assert notes(ended)[0].startswith(words)
+
+
 def test_the_band_is_explained_in_the_picture(drawn: list[Drawn], tmp_path: Path) -> None:
     draw(report(100, 200, 210, 205), tmp_path / "picture.png")
     assert "the band: from the slowest to the fastest pass" in "\n".join(drawn[0].texts())

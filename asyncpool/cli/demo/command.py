@@ -44,14 +44,14 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser(
         "demo", help="see the pool carry a workload on a real PostgreSQL", description=DESCRIPTION
     )
-    for name, least, default, meaning in (
-        ("--devices", 1, 200, "how many send at the same time"),
-        ("--payloads", 1, 4000, "how many they send, all together"),
-        ("--max-size", 1, 10, "connections that the pool may open"),
+    for name, default, meaning in (
+        ("--devices", 200, "how many send at the same time"),
+        ("--payloads", 4000, "how many they send, all together"),
+        ("--max-size", 10, "connections that the pool may open"),
     ):
         parser.add_argument(
             name,
-            type=whole_number(at_least=least),
+            type=whole_number(at_least=1),
             default=default,
             metavar="N",
             help=f"{meaning} (default: {default})",

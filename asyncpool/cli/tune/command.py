@@ -172,7 +172,7 @@ def _picture(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() not in (".svg", ".png"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a .svg nor a .png")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a file in a directory that can be")
     return path
 
@@ -370,9 +370,10 @@ def _largest(options: argparse.Namespace, capacity: Capacity) -> int:
     allowed = capacity.free if options.force else capacity.free // 2
     wanted: int = options.max_size or min(DEFAULT_MAX_SIZE, options.tasks or DEFAULT_MAX_SIZE)
     if allowed < 1 or (options.max_size and wanted > allowed):
+        too_many = f"--max-size {wanted} is too many" if options.max_size else "no pool can be measured"
+        are_free = "connection is free" if capacity.free == 1 else "connections are free"
         all_or_half = "that is all there are" if options.force else "more than half of them are taken with --force only"
         raise Refused(
-            f"--max-size {wanted} is too many: {capacity.free} connections are free ({capacity.limit}), and"
-            f" {all_or_half}; at most {allowed}"
+            f"{too_many}: {capacity.free} {are_free} ({capacity.limit}), and {all_or_half}; at most {allowed}"
         )
     return min(wanted, allowed)

@@ -269,11 +269,17 @@ def _what_to_do(report: Report) -> Iterator[str]:
     """Where nothing is recommended. Whoever interrupted it knows."""
     obstacle = report.recommendation.obstacle
     if report.ending is Ending.TIME_IS_UP:
-        takes, wanted = report.plan.statement_seconds, report.plan.seconds_for_passes(0)
+        takes = report.plan.statement_seconds
+        if report.plan.seconds_for_passes(0) <= report.plan.at_most:  # it is not --max-seconds that ended it
+            yield (
+                f"The {report.plan.at_most:.0f} s that were planned for were over: statements, or connecting, took"
+                " longer under load than alone. Give fewer --tasks, or a smaller --max-size."
+            )
+            return
         slow = f"; the statement takes {takes:.2g} s" if takes >= SLOW else ""
         yield (
-            f"The time was up{slow}: give a larger --max-seconds ({wanted:.0f} would do for all sizes), or less"
-            " --seconds."
+            f"The time was up{slow}: give a larger --max-seconds ({report.plan.enough_seconds} would do for all sizes),"
+            " or less --seconds."
         )
     elif obstacle is Obstacle.STILL_RISING:
         yield (

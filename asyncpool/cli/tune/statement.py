@@ -79,6 +79,9 @@ def params_argument(text: str) -> list[Any] | dict[str, Any]:
     """The value of `--params`: JSON, in which an object within is a value of type jsonb."""
     try:
         values = json.loads(text)
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8, or has half of a surrogate pair") from None
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"it is no JSON ({error}): give a list or an object, {EXAMPLE}") from None
     if isinstance(values, list):
@@ -148,7 +151,10 @@ def explain(error: psycopg.Error, statement: Statement) -> str:
     """The statement's failure in the server's words, and what may help."""
     words = str(error).strip() or type(error).__name__
     if error.sqlstate is None and isinstance(error, psycopg.ProgrammingError):
-        return f"the statement could not be sent: {words}: --params are to fit the placeholders in --query"
+        return (
+            f"the statement could not be sent: {words}: --params are to fit the placeholders in --query, in which any"
+            " other % is written %%"
+        )
     if isinstance(error, (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement)):
         words += "\nbehind a pooler that does not carry prepared statements give --no-prepare"
     if statement.params is None and PLACEHOLDER.search(statement.query):

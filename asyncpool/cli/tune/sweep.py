@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,6 +68,11 @@ class Plan:
         around = self.warm_up + USUAL_CONNECT + min(GRACE, 2 * self.statement_seconds)
         return (self.all_passes - done) * (self.seconds / self.passes + around)
 
+    @property
+    def enough_seconds(self) -> int:
+        """What --max-seconds has to be for all sizes: with the trial before, a connection, and the ending."""
+        return math.ceil(self.seconds_for_passes(0) + 2 * self.statement_seconds + 1)
+
 
 def seconds_for(given: float | None, trial: Trial) -> float:
     """How long each size is measured. Raises StatementFailed where that would show next to nothing."""
@@ -85,7 +91,7 @@ def check_there_is_time(seconds: float, of: float, planned: Plan) -> None:
     if takes * STATEMENTS_IN_A_PASS > seconds:
         raise StatementFailed(
             f"the statement takes {takes:.2g} s, and --max-seconds {of:g} are too few to measure that: give"
-            f" --max-seconds {planned.seconds_for_passes(0):.0f} for all sizes, or a quicker statement"
+            f" --max-seconds {planned.enough_seconds} for all sizes, or a quicker statement"
         )
 
 
