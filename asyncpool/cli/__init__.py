@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ COULD_NOT_RUN = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments`, by default the process's, name. Returns the exit status."""
     _open_what_is_closed()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As with standard error, names with other characters than it has do not end the command.
+        sys.stdout.reconfigure(errors="replace")
     parser = Parser(prog="asyncpool", description="A PostgreSQL connection pool for asyncio.")
     parser.add_argument("--version", action="version", version=f"asyncpool {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=CommandParser)

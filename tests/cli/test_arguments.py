@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import asyncpool
 from asyncpool.cli import main
+
+if TYPE_CHECKING:
+    from kit.servers import Admin
 
 COMMANDS = ("demo", "doctor", "tune", "top")
 
@@ -116,14 +121,14 @@ def usual_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"COLUMNS": "80"}
 
 
-def in_shell(redirected: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def in_shell(redirected: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command as a process of its own, in a shell, `redirected` there."""
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, "-W", "error", "-m", "asyncpool", *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env=usual_environment(),
+        env=usual_environment() | environment,
     )
 
 
@@ -167,6 +172,17 @@ def test_a_stream_that_is_closed_is_done_without(dsn: str, redirected: str, argu
         assert done.stdout == ""
     elif "--json" in arguments:
         assert json.loads(done.stdout)
+
+
+def test_a_name_that_the_output_has_no_characters_for_is_told_without_them(admin: Admin, dsn: str) -> None:
+    role = "rôle_" + secrets.token_hex(4)
+    admin.execute(f'create role "{role}" login')
+    try:
+        done = in_shell("", "doctor", f"{dsn} user={role}", PYTHONIOENCODING="ascii")
+    finally:
+        admin.execute(f'drop role "{role}"')
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{role.replace('ô', '?')}@")
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])

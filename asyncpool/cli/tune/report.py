@@ -145,12 +145,7 @@ def show(report: Report) -> None:
 
 def _print(out: Console, text: str, style: str | None = None) -> None:
     # In a pipe a sentence stays on its line: what reads it there finds it by that.
-    out.print(_printable(text, out), style=style, markup=False, soft_wrap=not out.is_terminal)
-
-
-def _printable(text: str, out: Console) -> str:
-    encoding = out.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
+    out.print(text, style=style, markup=False, soft_wrap=not out.is_terminal)
 
 
 def _print_table(out: Console, report: Report) -> None:
