@@ -122,11 +122,15 @@ def server_of(given: str | None, parser: argparse.ArgumentParser) -> str | None:
     """The server that was named, or the one of the environment, if there is one. What is empty, as a variable that is
     not set, is no name.
     """
-    if given is None:
-        return os.environ.get("DATABASE_URL") or None
-    if not given.strip():
+    if given is not None and not given.strip():
         parser.error("the URL is empty: name the server, or leave the URL out and set DATABASE_URL")
-    return given
+    server = os.environ.get("DATABASE_URL", "") if given is None else given
+    return server if server.strip() else None
 
 
-NO_SERVER = "no server is named: give its URL, or set DATABASE_URL"
+def required_server_of(given: str | None, parser: argparse.ArgumentParser) -> str:
+    """The same, for a command that cannot do without."""
+    server = server_of(given, parser)
+    if server is None:
+        parser.error("no server is named: give its URL, or set DATABASE_URL")
+    return server

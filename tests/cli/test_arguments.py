@@ -203,3 +203,18 @@ def test_a_reader_who_has_seen_enough_does_not_change_the_exit_status(
             env=usual_environment(),
         )
     assert (done.returncode, done.stderr) == (status, "")
+
+
+@pytest.mark.parametrize("variable", [None, "", " "], ids=["unset", "empty", "blank"])
+@pytest.mark.parametrize("arguments", [("doctor",), ("tune", "--query", "select 1")], ids=" ".join)
+def test_without_a_server_it_is_said_how_to_name_one(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    variable: str | None,
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("DATABASE_URL", variable)
+    status, told = said(capsys, *arguments)
+    assert status == 2
+    assert "no server is named: give its URL, or set DATABASE_URL" in told

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from asyncpool._io.connect_errors import ConnectFailed
-from asyncpool.cli.arguments import NO_SERVER, seconds, server_of
+from asyncpool.cli.arguments import required_server_of, seconds
 from asyncpool.cli.doctor.examination import Examination
 from asyncpool.cli.doctor.findings import Level, diagnose
 from asyncpool.cli.extras import console
@@ -88,9 +88,7 @@ def add_command(commands: Commands) -> None:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Examine the server, and say what was found. Returns the exit status."""
-    options.url = server_of(options.url, parser)
-    if options.url is None:
-        parser.error(NO_SERVER)
+    options.url = required_server_of(options.url, parser)
     screen = None if options.json else console()  # raises before the server is bothered
     with interruptible() as interruption:
         try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from asyncpool.cli.arguments import NO_SERVER, seconds, server_of, whole_number
+from asyncpool.cli.arguments import required_server_of, seconds, whole_number
 from asyncpool.cli.capacity import QUESTION, capacity_of
 from asyncpool.cli.refusals import explain
 from asyncpool.cli.signals import interruptible, run_interruptibly
@@ -179,9 +179,7 @@ def _picture(text: str) -> Path:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure, and print the answer. Returns the exit status."""
-    url = server_of(options.url, parser)
-    if url is None:
-        parser.error(NO_SERVER)
+    url = required_server_of(options.url, parser)
     if options.tasks and options.max_size and options.tasks < options.max_size:
         parser.error(
             f"--tasks {options.tasks} cannot use --max-size {options.max_size} connections: give at least as many tasks"
