@@ -288,11 +288,12 @@ class LockedMachine(PoolMachine):
                 return False
             held = now - slot.leased_at
             waiters = self.waiters
-            if waiters and type(next(iter(waiters))) is not ThreadWaiter:
-                return False  # the event loop is to be told
             if waiters or held > SHORTEST:
                 ensure_stack()  # what is called then calls others
-            mine = self._deciding = True
+            mine = self._deciding = True  # so that no finalizer changes the queue while one looks at it
+            if waiters and type(next(iter(waiters))) is not ThreadWaiter:
+                mine = self._deciding = False
+                return False  # the event loop is to be told
             session.lease = NOT_LEASED
             session.connection = connection
             slot.idle_since = now
