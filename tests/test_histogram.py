@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import pickle
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncpool.histogram import BOUNDS, EMPTY, SHORTEST, Durations, Histogram
+from asyncpool import histogram as histogram_module
+from asyncpool.histogram import BOUNDS, EMPTY, GATHERED, SHORTEST, Durations, Histogram
 
 durations = st.lists(st.floats(min_value=0.0, max_value=100_000.0), max_size=60)
 
@@ -93,3 +95,48 @@ def test_what_was_told_once_stays_told() -> None:
     assert counted.snapshot(total=10).counts[0] == 10
     assert counted.snapshot(total=11).counts[0] == 10
     assert counted.snapshot(total=12).counts[0] == 11
+
+
+def test_however_many_there_are_each_is_counted_once() -> None:
+    counted = Durations()
+    for number in range(3 * GATHERED + 1):
+        counted.record(number / 1000)
+        if number % (GATHERED // 2) == 0:
+            assert counted.count == counted.snapshot().count == number + 1
+    histogram = counted.snapshot()
+    assert histogram == of(*(number / 1000 for number in range(3 * GATHERED + 1)))
+    assert histogram.count == 3 * GATHERED + 1
+    assert histogram.max == 3 * GATHERED / 1000
+    assert len(counted._items) == 1  # what was counted is not kept
+
+
+def test_a_signal_handler_in_the_midst_of_counting_finds_all_and_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Durations()
+    seen: list[int] = []
+
+    def interrupted(items: list[Any]) -> Histogram:
+        monkeypatch.setattr(histogram_module, "_counted", undisturbed)
+        counted.record(1.0)
+        seen.append(counted.snapshot().count)
+        return undisturbed(items)
+
+    undisturbed = histogram_module._counted
+    counted.record(0.5)
+    monkeypatch.setattr(histogram_module, "_counted", interrupted)
+    assert counted.snapshot().count == 2
+    assert seen == [2]
+    assert counted.snapshot().count == counted.count == 2
+
+
+def test_counting_that_is_interrupted_is_done_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Durations()
+    counted.record(0.5)
+
+    def struck(items: list[Any]) -> Histogram:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(histogram_module, "_counted", struck)
+        with pytest.raises(KeyboardInterrupt):
+            counted.snapshot()
+    assert counted.snapshot().count == counted.count == 1

@@ -78,27 +78,27 @@ class Acquisition(Generic[C]):
         if slot is None:
             slot = yield from self._wait(now)
         session: Session = slot.resource  # type: ignore[assignment]  # an object to the machine, which never looks
-        session.holder = holder = ref(task or runner.loop)
+        session.holder = ref(task or runner.loop)
         session.site_code = self._code
         session.site_offset = self._offset
         if session.touched:  # somebody went on with the object after its release
             runner.leases.restore(session, session.connection)
         connection: Any = session.connection
         session.connection = None
-        session.lease = lease = slot.uses
+        session.lease = slot.uses
         if in_block:
-            slot.owner = holder
-            self._lease = lease
+            slot.owner = session.holder
+            self._lease = slot.uses
             self._connection = connection
         else:
             slot.owner = None
         if runner.is_plain:
             return connection  # type: ignore[no-any-return]  # of the class that the pool was given
-        self._lease = lease
+        self._lease = slot.uses
         self._connection = connection = runner.leases.begin(session, connection, now)
         if runner.config.setup is not None:
             yield from self._set_up(connection).__await__()
-        if session.lease != lease:
+        if session.lease != self._lease:
             raise PoolError(f"{runner.config.name}: setup has given its connection back")
         return connection  # type: ignore[no-any-return]  # as above
 
@@ -113,9 +113,8 @@ class Acquisition(Generic[C]):
         now = began
         while True:
             waiter = FutureWaiter(deadline, current_task(runner.loop), runner.loop.create_future())
-            if effects := runner.machine.enqueue(waiter, now):
-                runner.perform(effects)
-            if runner.observations:
+            runner.perform(runner.machine.enqueue(waiter, now))
+            if not runner.is_plain and runner.observations:
                 runner.observations.note(Queued, runner.waiting)
             try:
                 if waiter.future.done() and waiter.slot is None:
@@ -126,13 +125,9 @@ class Acquisition(Generic[C]):
                 runner.cancelled += waiter.slot is not None or waiter in runner.machine.waiters
                 runner.perform(runner.machine.withdraw(waiter, monotonic()))
                 raise
-            if (refused := waiter.future.result()) is not None:
-                raise runner.refusal(*refused, began=began, owner=waiter.owner)
             slot = waiter.slot
-            assert slot is not None
-            if slot.state is not LEASED:
-                runner.machine.note_unused(was_granted=True)
-                raise PoolClosed(f"{runner.config.name} is closed")  # with timeout=0, between the grant and now
+            if slot is None or slot.state is not LEASED:
+                raise self._refused(waiter, began)
             now = monotonic()
             runner.watch.look(now)
             if not slot.is_disconnected:
@@ -140,6 +135,12 @@ class Acquisition(Generic[C]):
                 return slot
             runner.machine.note_unused(was_granted=True)
             runner.perform(runner.machine.discard(slot, slot.doom, now))  # it ended since it was granted
+
+    def _refused(self, waiter: FutureWaiter, began: float) -> PoolError:
+        if (refused := waiter.future.result()) is not None:
+            return self._runner.refusal(*refused, began=began, owner=waiter.owner)
+        self._runner.machine.note_unused(was_granted=True)
+        return PoolClosed(f"{self._runner.config.name} is closed")  # with timeout=0, between the grant and now
 
     async def _set_up(self, connection: PooledConnection) -> None:
         runner = self._runner

@@ -347,6 +347,7 @@ class Multiplexer:
             self._runner.leases.restore(session, connection)
         slot.owner = None  # it goes back whatever its users do
         session.site_code = LANE
+        session.is_noted = True  # its end is none of a lease
         session.holder = session.stack = None  # those of its last lease
         session.connection = session.granted_to = None
         session.lease = NOT_LEASED  # for whoever has kept the object after its release

@@ -134,7 +134,7 @@ class Session:
         self.site_offset = 0
         self.stack: str | None = None
         self.held_warned = False
-        self.is_noted = False  # whether somebody is to be told when the current lease ends
+        self.is_noted = False  # whether the end of the current lease is more than its duration to be counted
         # Who took the current lease; a weak reference, as a lease must not keep its task from being collected.
         self.holder: Callable[[], object] | None = None
         self.round_trip = 0.0  # the least that a lane has seen, in seconds; 0 until then
