@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psycopg
 
+from .waiting import eventually_blocking
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -50,6 +52,7 @@ class Sampler:
     def __init__(self, dsn: str, application_name: str, *, nameless_too: bool) -> None:
         self.samples = 0
         self.most = 0
+        self._nameless_too = nameless_too
         self._wanted = application_name, nameless_too, CHUNK_MILLISECONDS
         self._conn: psycopg.Connection[Any] = psycopg.connect(
             dsn, autocommit=True, application_name="asyncpool-test-sampler"
@@ -61,6 +64,8 @@ class Sampler:
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
 
     def __enter__(self) -> Self:
+        if self._nameless_too:
+            eventually_blocking(lambda: self._nameless() == 0)  # those of the test before may still be at their end
         self._thread.start()
         assert self._started.wait(PATIENCE), "the sampler has not begun"
         return self
@@ -73,6 +78,13 @@ class Sampler:
         self._conn.close()
         if self._failure is not None:
             raise self._failure
+
+    def _nameless(self) -> int:
+        row = self._conn.execute(
+            "select count(*) from pg_stat_activity where backend_type = 'client backend' and application_name = ''"
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
 
     def _run(self) -> None:
         try:
