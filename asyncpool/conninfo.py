@@ -55,6 +55,14 @@ _OTHER_NAMES = {
     "server_settings": "options",
 }
 
+# What is no option here.
+_ELSEWHERE = {
+    "open": "open it by a block (`async with pool`, or `with pool` of a SyncPool), or by its open()",
+    "kwargs": "give what is in it as options, next to the others",
+    "command_timeout": "give timeout= with each statement, or to the server: options='-c statement_timeout=5s'",
+    "loop": "it is that in which the pool is opened",
+}
+
 MASK = "***"
 
 # libpq refuses a path of this length without any I/O, after it has checked all other options.
@@ -116,6 +124,9 @@ _INTEGERS = ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives
 _INTEGER = re.compile(r"\s*[+-]?[0-9]{1,9}\s*", re.ASCII)
 _TOO_GREAT = 2**63
 
+# Before it there is room for no password.
+_SCHEME = re.compile(r"([a-z]{1,20}(?:\+[a-z0-9_]{1,20})?)://", re.IGNORECASE)
+
 _PORT = re.compile(r"\s*\+?[0-9]{1,9}\s*", re.ASCII)
 
 
@@ -126,6 +137,8 @@ def check_option_names(names: Iterable[str], known: Iterable[str], called: str =
         if name in known:
             continue
         message = f"{called}() got an unknown option {name!r}"
+        if name in _ELSEWHERE:
+            raise TypeError(f"{message}: {_ELSEWHERE[name]}")
         if name in _CONNINFOS:
             raise TypeError(f"{message}: did you mean 'conninfo', the first argument?")
         nearest = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
@@ -248,6 +261,8 @@ def _ask_libpq(params: ConnDict) -> str:
 
 
 def _hint(conninfo: str) -> str:
+    if (scheme := _SCHEME.match(conninfo)) and scheme[1] not in ("postgresql", "postgres"):
+        return f" (a URL has to begin with postgresql://, not {scheme[0]})"
     if _misread_password(conninfo) is None:
         return ""
     return " (in a URL, these characters of a user name or password must be percent-encoded: % @ : / ? # & =)"

@@ -85,6 +85,11 @@ class PoolStats:
     """How long it took to connect, `configure` included; of the connects that succeeded."""
 
 
+def seconds_in_words(seconds: float) -> str:
+    """To three digits, and to the second."""
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """A lease: who has a connection, since when, and what for."""
@@ -103,8 +108,9 @@ class Holder:
 
     def __str__(self) -> str:
         if not self.owner:  # no lease of anybody's
-            return f"{self.site} for {self.held_for:.3g} s"
-        return f"{self.owner} for {self.held_for:.3g} s, {self.transaction}, acquired at {self.site}"
+            return f"{self.site} for {seconds_in_words(self.held_for)}"
+        held_for = seconds_in_words(self.held_for)
+        return f"{self.owner} for {held_for}, {self.transaction}, acquired at {self.site}"
 
 
 # --- what happens -------------------------------------------------------------------------------------------

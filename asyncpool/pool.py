@@ -21,7 +21,7 @@ from psycopg.abc import Params, Query
 from psycopg.rows import AsyncRowFactory, TupleRow
 
 from ._core.states import PoolPhase
-from ._io.acquisition import DEFAULT, Acquisition, Default, check_not_failed
+from ._io.acquisition import DEFAULT, Acquisition, Default, Elsewhere, check_not_failed
 from ._io.commit import ask_status, known_status, track
 from ._io.connection import PooledConnection
 from ._io.driver import Conninfo, Driver, check_event_loop
@@ -225,7 +225,10 @@ class Pool(Generic[C]):
     ) -> None:
         await self.close()
 
-    if not TYPE_CHECKING:  # for who mistakes it for a SyncPool
+    if not TYPE_CHECKING:  # for who mistakes it for a SyncPool, or another pool
+        connection = Elsewhere("use `async with pool.acquire() as conn`")
+        getconn = Elsewhere("use `await pool.acquire()`, or `async with pool.acquire() as conn`")
+        putconn = Elsewhere("use pool.release(conn)")
 
         def __enter__(self):
             raise TypeError(f"{self._class_name} wants `async with`; SyncPool is the one for `with`")

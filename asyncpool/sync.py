@@ -20,7 +20,7 @@ from psycopg.rows import RowFactory, TupleRow
 
 from ._core.lanes import Paces
 from ._core.states import PoolPhase
-from ._io.acquisition import DEFAULT, Default, check_not_failed
+from ._io.acquisition import DEFAULT, Default, Elsewhere, check_not_failed
 from ._io.blocking import BlockingRunner, DropInRunner, Timeout
 from ._io.blocking_acquisition import BlockingAcquisition
 from ._io.blocking_driver import BlockingDriver
@@ -178,7 +178,9 @@ class SyncPool(Generic[C]):
     ) -> None:
         self.close()
 
-    if not TYPE_CHECKING:  # for who mistakes it for a Pool
+    if not TYPE_CHECKING:  # for who mistakes it for a Pool, or another pool
+        connection = Elsewhere("use `with pool.acquire() as conn`")
+        release = Elsewhere("use pool.putconn(conn)")
 
         async def __aenter__(self):
             raise TypeError("SyncPool wants `with`; Pool is the one for `async with`")

@@ -469,3 +469,23 @@ def test_a_parameter_that_there_is_none_of_is_answered_with_the_nearest(conninfo
 def test_a_connection_string_by_another_name_is_told_its_own(name: str) -> None:
     with pytest.raises(TypeError, match="did you mean 'conninfo', the first argument"):
         check_option_names([name], ["conninfo", "host"])
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://u:secret@db/app", "postgresql+asyncpg://u:secret@db/app", "Postgres://db/app"]
+)
+def test_the_scheme_of_another_driver_is_named(url: str) -> None:
+    with pytest.raises(psycopg.ProgrammingError) as error:
+        parse(url, {})
+    scheme = url.partition("://")[0]
+    assert str(error.value).endswith(f"(a URL has to begin with postgresql://, not {scheme}://)")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("open", "open it by a block"), ("kwargs", "as options"), ("command_timeout", "timeout="), ("loop", "opened")],
+)
+def test_what_is_an_option_elsewhere_is_told_what_to_do_here(name: str, words: str) -> None:
+    with pytest.raises(TypeError, match=f"unknown option {name!r}: .*{words}"):
+        check_option_names([name], ["max_size"])

@@ -46,11 +46,20 @@ class Default:
 DEFAULT = Default()
 
 
-class _OfConnection:
-    """An attribute that a connection has, and what acquire() returns has not."""
+class Elsewhere:
+    """An attribute that is none: something else has it, for which this is taken, and the error says what to do.
 
-    def __get__(self, acquisition: object, owner: type) -> object:
-        raise AttributeError("`await` what acquire() returns, or use `async with`, to get a connection")
+    A `__getattr__` would slow every attribute down.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        self._remedy = remedy
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> object:
+        raise AttributeError(f"{owner.__name__} has no {self._name!r}: {self._remedy}")
 
 
 class Acquisition(Generic[C]):
@@ -176,8 +185,9 @@ class Acquisition(Generic[C]):
         def __exit__(self, *_):
             """Python looks for it before it calls __enter__."""
 
-        # What a connection has, for which somebody takes it; a `__getattr__` would slow every attribute down.
-        close = commit = cursor = execute = pipeline = rollback = transaction = _OfConnection()
+        close, commit, cursor, execute, pipeline, rollback, transaction = (
+            Elsewhere("`await` what acquire() returns, or use `async with`, to get a connection") for _ in range(7)
+        )
 
     def _exit(self, exc_type: type[BaseException] | None) -> Awaitable[None]:
         leases = self._runner.leases

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import psycopg
 from psycopg import Connection
 
-from .acquisition import check_not_undone, has_to_commit
+from .acquisition import Elsewhere, check_not_undone, has_to_commit
 from .connection import Leased
 from .leases import Leases
 from .locked_machine import ensure_stack
@@ -44,6 +44,17 @@ class BlockingAcquisition(Generic[C]):
     def __init__(self, lease: Callable[[], C], finish_interrupted: Callable[[C, int], None]) -> None:
         self._lease = lease
         self._finish_interrupted = finish_interrupted
+
+    if not TYPE_CHECKING:  # for who takes it for a connection, or for what Pool.acquire() returns
+        close, commit, cursor, execute, pipeline, rollback, transaction = (
+            Elsewhere("use `with` on what acquire() returns to get a connection, or getconn()") for _ in range(7)
+        )
+
+        async def __aenter__(self):
+            raise TypeError("what SyncPool.acquire() returns wants `with`; Pool is the one for `async with`")
+
+        async def __aexit__(self, *_):
+            """Python looks for it before it calls __aenter__."""
 
     def __enter__(self) -> C:
         connection: Any = self._lease()

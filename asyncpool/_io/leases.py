@@ -20,7 +20,7 @@ from .._core.slot import Slot
 from .._core.states import SlotState
 from ..config import PoolConfig
 from ..errors import PoolError, WrongLoop
-from ..events import Acquired, CloseReason, Released
+from ..events import Acquired, CloseReason, Released, seconds_in_words
 from ..histogram import SHORTEST, Durations
 from .client_state import read_client_state
 from .connection import Leased, describe_unfinished
@@ -234,20 +234,12 @@ class Leases:
         site = session.stack or session.site
         self.returned_bad += 1
         self.note_end(session, monotonic())
-        self.log.write(
-            logging.WARNING,
-            "lost",
-            "a connection was dropped without release, and is closed (acquired at %s)",
-            session.site,
-        )
+        text = "a connection was dropped without release, and is closed: use acquire() as a block (acquired at %s)"
+        self.log.write(logging.WARNING, "lost", text, session.site)
         session.lease = SEVERED
         session.touched = True
         self._perform(self._machine.discard(slot, CloseReason.LEASE_LOST, monotonic()))
-        warnings.warn(
-            f"{self._config.name}: a connection was dropped without release, and is closed (acquired at {site})",
-            ResourceWarning,
-            stacklevel=1,
-        )
+        warnings.warn(f"{self._config.name}: {text % site}", ResourceWarning, stacklevel=1)
 
     def begin(self, session: Session, former: Leased, began: float) -> Leased:
         """Tell observers of a lease that was asked for at `began`. With `debug`: keep the acquire's full stack, and
@@ -281,9 +273,9 @@ class Leases:
                 continue
             session.held_warned = session.is_noted = True
             logger.warning(
-                "%s: a connection is held for %.3g s, longer than long_held_after=%.3g s (by %s, acquired at %s)",
+                "%s: a connection is held for %s, longer than long_held_after=%.3g s (by %s, acquired at %s)",
                 self._config.name,
-                now - slot.leased_at,
+                seconds_in_words(now - slot.leased_at),
                 limit,
                 name_of_holder(session),
                 session.stack or session.site,
@@ -304,8 +296,8 @@ class Leases:
             self._observations.note(Released, held)
             if session.held_warned:
                 session.held_warned = False
-                text = "%s: the long-held connection came back after %.3g s (acquired at %s)"
-                logger.warning(text, self._config.name, held, session.site)
+                text = "%s: the long-held connection came back after %s (acquired at %s)"
+                logger.warning(text, self._config.name, seconds_in_words(held), session.site)
 
     def stop(self) -> None:
         """Look for long-held leases no more."""

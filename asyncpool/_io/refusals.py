@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .._core.effects import Refusal
 from .._core.states import SlotState
 from ..errors import PoolClosed, PoolDeadlock, PoolError, PoolTimeout, TooManyWaiting
+from ..events import seconds_in_words
 from .connect_errors import words_of
 from .holders import describe, holders_of, holds
 from .session import Session
@@ -45,7 +46,7 @@ def refused(runner: Runner, refusal: Refusal, began: float, owner: object, posit
         if waited < 0.001:
             return timed_out(runner, "no connection within 0 s", waited, owner)
         place = _place(position, runner.waiting)
-        return timed_out(runner, f"no connection within {waited:.3g} s{place}", waited, owner, position)
+        return timed_out(runner, f"no connection within {seconds_in_words(waited)}{place}", waited, owner, position)
     error = PoolError(f"{name}: cannot connect: {connect_error_words(runner)}")
     error.__cause__ = runner.last_connect_error
     return error
@@ -60,7 +61,7 @@ def timed_out(runner: Runner, what: str, waited: float, owner: object = None, po
     """The error that explains itself: the state, who holds connections, and the last connect error, its cause."""
     machine, now = runner.machine, monotonic()
     held = holders_of(heapq.nsmallest(NAMED, machine.leases(), key=_leased_at), now)
-    text = f"{runner.config.name}: {what}; {describe_sizes(runner)}"
+    text = f"{runner.config.name}: {what}; {describe_sizes(runner, 'others waiting')}"
     if held:
         text += f"; held longest: {describe(held)}"
     if reason := _reason(runner, waited, owner):
@@ -100,12 +101,12 @@ def _sites(runner: Runner) -> str:
     return "; ".join(f"{site} ({count} times)" if count > 1 else site for site, count in sites.items())
 
 
-def describe_sizes(runner: Runner) -> str:
+def describe_sizes(runner: Runner, waiting: str = "waiting") -> str:
     """The sizes, in words."""
     count = runner.machine.count
     return (
         f"{count(SlotState.LEASED)} in use, {count(SlotState.IDLE)} idle, {count(SlotState.CONNECTING)} connecting,"
-        f" {runner.waiting} waiting, max_size {runner.machine.max_size}"
+        f" {runner.waiting} {waiting}, max_size {runner.machine.max_size}"
     )
 
 

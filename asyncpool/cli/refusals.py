@@ -52,7 +52,10 @@ _STATES = {
         " pools' max_size, raise max_connections or the CONNECTION LIMIT of the role or database, or use a pooler",
     ),
     "57P03": Refusal("starting", "the server starts, stops or recovers: wait, and look into its log if that lasts"),
-    "42501": Refusal("no permission", "grant connect on database NAME to ROLE"),
+    "42501": Refusal(
+        "no permission",
+        "grant connect on database NAME to ROLE; for the demo, which makes a schema, grant create as well",
+    ),
     "55000": Refusal("not accepting", "alter database NAME allow_connections true; or connect to another database"),
 }
 

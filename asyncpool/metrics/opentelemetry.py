@@ -22,7 +22,9 @@ from ..sync import SyncPool
 try:
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter_provider
 except ImportError as error:
-    raise ImportError("asyncpool.metrics.opentelemetry needs pip install 'asyncpool-pg[otel]'") from error
+    raise ImportError(
+        "asyncpool.metrics.opentelemetry needs pip install 'asyncpool-pg[otel]' (from a clone: pip install '.[otel]')"
+    ) from error
 
 POOL_NAME = "db.client.connection.pool.name"
 STATE = "db.client.connection.state"

@@ -23,7 +23,10 @@ from ..sync import SyncPool
 try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 except ImportError as error:
-    raise ImportError("asyncpool.metrics.prometheus needs pip install 'asyncpool-pg[prometheus]'") from error
+    raise ImportError(
+        "asyncpool.metrics.prometheus needs pip install 'asyncpool-pg[prometheus]'"
+        " (from a clone: pip install '.[prometheus]')"
+    ) from error
 
 AnyPool = Pool[Any] | SyncPool[Any]
 Family = GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily

@@ -405,7 +405,8 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert run(script) == "asyncpool.metrics.opentelemetry needs pip install 'asyncpool-pg[otel]'\n"
+    needs = "asyncpool.metrics.opentelemetry needs pip install 'asyncpool-pg[otel]'"
+    assert run(script) == f"{needs} (from a clone: pip install '.[otel]')\n"
 
 
 def test_a_process_that_ends_has_told_all_at_the_providers_shutdown(dsn: str) -> None:

@@ -246,4 +246,5 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout == "asyncpool.metrics.prometheus needs pip install 'asyncpool-pg[prometheus]'\n"
+    needs = "asyncpool.metrics.prometheus needs pip install 'asyncpool-pg[prometheus]'"
+    assert done.stdout == f"{needs} (from a clone: pip install '.[prometheus]')\n"

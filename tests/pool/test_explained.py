@@ -16,6 +16,7 @@ from kit.loops import on_both_loops
 from kit.waiting import eventually
 
 from asyncpool import Holder, Pool, PoolDeadlock, PoolTimeout
+from asyncpool.events import seconds_in_words
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -81,7 +82,7 @@ async def test_it_names_the_leases_that_are_held_longest_with_task_place_time_an
         assert all(holder.site.startswith(f"{__file__}:") and "hold" in holder.site for holder in error.holders)
         text = str(error)
         assert text.startswith("orders: no connection within 0.0")
-        assert "4 in use, 0 idle, 0 connecting, 0 waiting, max_size 4" in text
+        assert "4 in use, 0 idle, 0 connecting, 0 others waiting, max_size 4" in text
         for holder in error.holders:
             assert str(holder) in text
         assert "latest" not in text
@@ -321,3 +322,22 @@ async def test_who_is_just_being_woken_is_not_taken_for_the_holder_before(dsn: s
         (holder,) = pool.holders()
         assert (holder.owner, holder.site) == ("a caller who is being woken", "unknown")
         await next_one
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("connection", "async with pool.acquire"), ("getconn", "await pool.acquire"), ("putconn", "pool.release")],
+)
+def test_a_method_of_another_pool_is_told_by_what_to_replace_it(name: str, remedy: str) -> None:
+    pool = Pool("")
+    with pytest.raises(AttributeError, match=f"Pool has no '{name}': use `?{remedy}"):
+        getattr(pool, name)
+    assert not hasattr(pool, name)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.00123, "0.00123 s"), (1.5, "1.5 s"), (99.94, "99.9 s"), (1800.4, "1,800 s")]
+)
+def test_a_long_time_is_told_in_whole_seconds(seconds: float, words: str) -> None:
+    assert seconds_in_words(seconds) == words
+    assert f" for {words}" in str(Holder("app.py:1 in main", seconds, 1, owner="task 'a'", transaction="idle"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -299,3 +300,24 @@ def test_an_error_that_open_raises_is_not_logged_as_well(dsn: str, caplog: pytes
     pool.open(wait=False)
     eventually_blocking(lambda: len(warnings_of(caplog)) == 1)
     pool.close()
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("connection", "with pool.acquire"), ("release", "pool.putconn")])
+def test_a_method_of_another_pool_is_told_by_what_to_replace_it(name: str, remedy: str) -> None:
+    pool = SyncPool("")
+    with pytest.raises(AttributeError, match=f"SyncPool has no '{name}': use `?{remedy}"):
+        getattr(pool, name)
+
+
+def test_what_acquire_returns_is_no_connection(dsn: str) -> None:
+    async def enter() -> None:
+        async with acquired:
+            pass
+
+    with SyncPool(dsn) as pool:
+        acquired: Any = pool.acquire()
+        with pytest.raises(AttributeError, match="use `with` on what acquire"):
+            acquired.execute("select 1")
+        with pytest.raises(TypeError, match="wants `with`"):
+            asyncio.run(enter())
+        assert pool.stats().acquires == 0
