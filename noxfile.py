@@ -60,7 +60,7 @@ def tests(session: nox.Session) -> None:
     """Pytest, on a PostgreSQL of its own or that of DATABASE_URL."""
     session.install(".[demo]", *group("test"))
     # More processes than the least of machines has processors: most of the time a test waits.
-    session.run("pytest", "-n", "3", *session.posargs)
+    session.run("pytest", "-n", "3", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session(python=["3.13t", "3.14t"])
