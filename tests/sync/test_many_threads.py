@@ -251,7 +251,8 @@ def stress(server: Server, dsn: str, admin: Admin, application_name: str, table:
     assert not refused & found, f"not rolled back: {sorted(refused & found)}"
     assert 0 < sampler.most <= MAX_SIZE
     assert stats.abandoned == 0
-    assert max(served) <= 1.5 * min(served)
+    # In a short time on a slow machine they are few, of which the last rounds are a large share.
+    assert max(served) <= 1.5 * min(served) + 4
     assert stats.timeouts == 0
     assert admin.sessions(application_name) == 0
     # It was a stress: everything was done that should be survived.
