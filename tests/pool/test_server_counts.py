@@ -163,8 +163,12 @@ async def test_a_connect_that_is_given_up_keeps_its_place_until_the_server_has_e
                     async with pool.acquire(timeout=0.05):
                         pool.drain()
 
-            await work_until(pool, lambda: pool.stats().connect_errors + pool.stats().connects >= 100, try_to_use)
-            assert pool.stats().connect_errors, "no connect was given up"
+            def have_been_given_up() -> bool:
+                stats = pool.stats()
+                # On a busy machine most come before the timer is looked at.
+                return stats.connect_errors > 0 and stats.connect_errors + stats.connects >= 100
+
+            await work_until(pool, have_been_given_up, try_to_use)
     assert 0 < sampler.most <= MAX_SIZE
 
 
