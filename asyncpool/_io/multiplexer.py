@@ -308,10 +308,8 @@ class Multiplexer:
         self._requests.discard(waiter)
         slot = waiter.slot
         now = monotonic()
-        if slot is None or slot.state is not LEASED:
-            self._runner.machine.note_unused(was_granted=True)
-            return  # the pool was closed since
-        if not self._lanes.waiting:  # they were refused since
+        if slot is None or slot.state is not LEASED or not self._lanes.waiting:
+            # The pool was closed since, or they were refused.
             self._runner.perform(self._runner.machine.withdraw(waiter, now))
             return
         self._runner.machine.note_unused(was_granted=True)

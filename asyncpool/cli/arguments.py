@@ -118,6 +118,13 @@ def seconds(*, at_least: float, at_most: float) -> Callable[[str], float]:
     return convert
 
 
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """The argument that `required_server_of` wants."""
+    parser.add_argument(
+        "url", nargs="?", metavar="URL", help="the server, as a URL or key=value pairs (default: DATABASE_URL)"
+    )
+
+
 def server_of(given: str | None, parser: argparse.ArgumentParser) -> str | None:
     """The server that was named, or the one of the environment, if there is one. What is empty, as a variable that is
     not set, is no name.

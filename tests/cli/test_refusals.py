@@ -42,7 +42,7 @@ HBA = 'no pg_hba.conf entry for host "10.0.0.1", user "app", database "app"'
         ('FATAL:  Peer authentication failed for user "app"', "peer"),
         ("server does not support SSL, but SSL was required", "no TLS"),
         ("SSL error: certificate verify failed", "certificate"),
-        ('root certificate file "/root/.postgresql/root.crt" does not exist', "certificate"),
+        ('root certificate file "/etc/app/root.crt" does not exist', "certificate"),
         ("session is read-only", "wrong role"),
         ("FATAL:  unsupported startup parameter: options", "startup parameter"),
         ('FATAL:  permission denied for database "app"', "no permission"),

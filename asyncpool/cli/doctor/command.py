@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from asyncpool._io.connect_errors import ConnectFailed
-from asyncpool.cli.arguments import required_server_of, seconds
+from asyncpool.cli.arguments import add_server, required_server_of, seconds
 from asyncpool.cli.doctor.examination import Examination
 from asyncpool.cli.doctor.findings import Level, diagnose
 from asyncpool.cli.extras import console
@@ -68,12 +68,7 @@ def add_command(commands: Commands) -> None:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    parser.add_argument(
-        "url",
-        metavar="URL",
-        nargs="?",
-        help="the server, as a URL or key=value pairs (default: DATABASE_URL)",
-    )
+    add_server(parser)
     parser.add_argument(
         "--timeout",
         type=seconds(at_least=0.01, at_most=3600),

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from asyncpool.cli.doctor.facts import Facts, PoolMode, Prepared
+from asyncpool.cli.words import count_of
 from asyncpool.config import PoolConfig
 
 if TYPE_CHECKING:
@@ -81,9 +82,9 @@ class Diagnosis:
         """In a sentence."""
         problems, warnings = self.count(Level.PROBLEM), self.count(Level.WARNING)
         if problems:
-            return f"not fit for a pool as it is: {_counted(problems, 'problem')}, {_counted(warnings, 'warning')}"
+            return f"not fit for a pool as it is: {count_of(problems, 'problem')}, {count_of(warnings, 'warning')}"
         if warnings:
-            return f"fit for a pool, with {_counted(warnings, 'warning')} to see to"
+            return f"fit for a pool, with {count_of(warnings, 'warning')} to see to"
         return "fit for a pool"
 
     @property
@@ -108,10 +109,6 @@ def diagnose(facts: Facts) -> Diagnosis:
         *_silence(facts),
     )
     return Diagnosis(findings, recommended_options(facts))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _seconds(milliseconds: float) -> str:

@@ -8,8 +8,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from asyncpool.cli.extras import MissingExtra
-from asyncpool.cli.tune.knee import count_of, milliseconds, rate_of
+from asyncpool.cli.tune.knee import milliseconds, rate_of
 from asyncpool.cli.tune.report import HIGHEST_IN_VIEW
+from asyncpool.cli.words import count_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from asyncpool.cli.arguments import required_server_of, seconds, whole_number
+from asyncpool.cli.arguments import add_server, required_server_of, seconds, whole_number
 from asyncpool.cli.capacity import QUESTION, capacity_of
 from asyncpool.cli.refusals import explain
 from asyncpool.cli.signals import interruptible, run_interruptibly
@@ -112,9 +112,18 @@ def add_command(commands: Commands) -> None:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
+    add_server(parser)
+    _add_statement(parser)
+    _add_bounds(parser)
     parser.add_argument(
-        "url", nargs="?", metavar="URL", help="the server, as a URL or key=value (default: DATABASE_URL)"
+        "--plot", type=_picture, metavar="FILE", help="draw the rate and p99 over the size into a .svg or .png"
     )
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.set_defaults(run=lambda options: run(options, parser))
+
+
+def _add_statement(parser: argparse.ArgumentParser) -> None:
+    """What is measured."""
     parser.add_argument(
         "--query",
         required=True,
@@ -135,6 +144,10 @@ def add_command(commands: Commands) -> None:
         action="store_true",
         help="prepare nothing, as with prepare_threshold=None, which some poolers want",
     )
+
+
+def _add_bounds(parser: argparse.ArgumentParser) -> None:
+    """How much of it, and for how long."""
     parser.add_argument(
         "--tasks",
         type=whole_number(at_least=1),
@@ -161,11 +174,6 @@ def add_command(commands: Commands) -> None:
         help=f"how long all of it may take (default: {DEFAULT_MAX_SECONDS:g})",
     )
     parser.add_argument("--force", action="store_true", help="take more than half of the connections that are free")
-    parser.add_argument(
-        "--plot", type=_picture, metavar="FILE", help="draw the rate and p99 over the size into a .svg or .png"
-    )
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    parser.set_defaults(run=lambda options: run(options, parser))
 
 
 def _picture(text: str) -> Path:

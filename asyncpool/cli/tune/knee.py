@@ -8,6 +8,8 @@ from itertools import count
 from statistics import median
 from typing import TYPE_CHECKING
 
+from asyncpool.cli.words import count_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -221,8 +223,3 @@ def percent(share: float) -> str:
 def plus_minus(share: float) -> str:
     """`± 12 %`."""
     return f"± {percent(share)}"
-
-
-def count_of(number: int, noun: str) -> str:
-    """`1 statement`, `2 statements`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

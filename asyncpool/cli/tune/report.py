@@ -13,7 +13,6 @@ from asyncpool.cli.tune.knee import (
     TOLERANCE,
     Ending,
     Obstacle,
-    count_of,
     milliseconds,
     noise,
     percent,
@@ -21,6 +20,7 @@ from asyncpool.cli.tune.knee import (
     rate_of,
     tolerance,
 )
+from asyncpool.cli.words import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
