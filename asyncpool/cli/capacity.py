@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +43,14 @@ QUESTION = """
 TRUE = ("t", "True")
 
 
+class Whose(Enum):
+    """What a limit of sessions belongs to."""
+
+    SERVER = "server"
+    ROLE = "role"
+    DATABASE = "database"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
     """How many sessions the server takes, and how many it has. The one that asked is not counted."""
@@ -75,18 +84,23 @@ class Capacity:
         return self._tightest[1]
 
     @property
-    def _tightest(self) -> tuple[int, str]:
+    def whose(self) -> Whose:
+        """Whose limit that is."""
+        return self._tightest[2]
+
+    @property
+    def _tightest(self) -> tuple[int, str, Whose]:
         server = f"max_connections {self.max_connections}, {self.withheld} reserved, {self.used} in use"
-        places = [(self.max_connections - self.withheld - self.used, server)]
+        places = [(self.max_connections - self.withheld - self.used, server, Whose.SERVER)]
         if not self.is_superuser:  # whom these limits do not hold
             for whose, limit, used in (
-                ("role", self.role_limit, self.role_used),
-                ("database", self.database_limit, self.database_used),
+                (Whose.ROLE, self.role_limit, self.role_used),
+                (Whose.DATABASE, self.database_limit, self.database_used),
             ):
                 if limit is not None:
-                    places.append((limit - used, f"this {whose}'s limit of {limit}, {used} in use"))
-        free, limit_in_words = min(places, key=lambda place: place[0])
-        return max(0, free), limit_in_words
+                    places.append((limit - used, f"this {whose.value}'s limit of {limit}, {used} in use", whose))
+        free, limit_in_words, tightest = min(places, key=lambda place: place[0])
+        return max(0, free), limit_in_words, tightest
 
 
 def capacity_of(row: Sequence[object]) -> Capacity:

@@ -153,6 +153,20 @@ def test_free_for_you_is_what_all_limits_leave(changes: dict[str, Any], free: in
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"role_limit": 3}, 'alter role "app" connection limit 23'),
+        ({"role_limit": 0}, 'alter role "app" connection limit 20'),
+        ({"database_limit": 4}, "raise the database's limit"),
+        ({"used": 96}, "max_connections = 120"),
+        ({"used": 96, "role_limit": 3, "is_superuser": True}, "max_connections = 120"),
+    ],
+)
+def test_the_fix_is_that_of_the_tightest_limit(changes: dict[str, Any], words: str) -> None:
+    assert words in (about("connections", with_capacity(**changes)).fix or "")
+
+
+@pytest.mark.parametrize(
     ("used", "level", "max_size"),
     [
         (7, Level.OK, 10),

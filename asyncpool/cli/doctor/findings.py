@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from asyncpool.cli.capacity import Whose
 from asyncpool.cli.doctor.facts import Facts, PoolMode, Prepared
 from asyncpool.cli.words import count_of
 from asyncpool.config import PoolConfig
@@ -195,9 +196,10 @@ def _fix_of_free(facts: Facts, capacity: Capacity) -> str | None:
     if _level_of_free(capacity.free) is Level.OK:
         return None
     size = f"keep the sum of all pools' max_size within {max(capacity.free, 1)}"
-    if capacity.role_limit is not None and capacity.role_limit - capacity.role_used == capacity.free:
-        return f"{size}, or: alter role {_quoted(facts.user)} connection limit {capacity.role_limit + 2 * MAX_SIZE}"
-    if capacity.database_limit is not None and capacity.database_limit - capacity.database_used == capacity.free:
+    if capacity.whose is Whose.ROLE:
+        more = (capacity.role_limit or 0) + 2 * MAX_SIZE
+        return f"{size}, or: alter role {_quoted(facts.user)} connection limit {more}"
+    if capacity.whose is Whose.DATABASE:
         return f"{size}, or raise the database's limit: alter database ... connection limit"
     more = capacity.max_connections + 2 * MAX_SIZE
     return f"{size}, end sessions that nobody needs, or: alter system set max_connections = {more}, and restart"
